@@ -1,0 +1,57 @@
+"""Settings of measuring: evaluation, sampling, device profiles. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from samara.config import Config
+
+
+class SamplingConfig(Config):
+    """Text sampled from each model, to read."""
+
+    prompts: tuple[str, ...] = ("Return the",)
+    max_new_tokens: PositiveInt = 48
+    temperature: NonNegativeFloat = 0.8
+    """0: greedy."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
+
+
+class EvaluateConfig(Config):
+    """Verb `evaluate`: models and a prepared corpus in, scores with intervals out."""
+
+    models: dict[str, str] = Field(min_length=1)
+    """Name -> model folder or `stage:NAME`. The first is the baseline of the comparisons."""
+    corpus: str
+    """A prepared folder or `stage:NAME`."""
+    split: Literal["validation", "test"] = "validation"
+    sequence_length: PositiveInt = 256
+    batch_size: PositiveInt = 16
+    precision: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_tokens: PositiveInt | None = None
+    """Use only the first documents up to this many tokens. Left out: all."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
+    bootstrap_samples: PositiveInt = 2000
+    """Resamples of the documents behind every interval."""
+    sampling: SamplingConfig | None = SamplingConfig()
+    seed: NonNegativeInt = 0
+
+
+class DeviceProfile(Config):
+    """What a device can do and what it costs: the basis of MFU, time, energy and money."""
+
+    name: str
+    peak_flops: dict[Literal["float32", "bfloat16"], PositiveFloat]
+    """Dense matrix multiply-adds per second, times two."""
+    memory_bytes: PositiveInt
+    watts: PositiveFloat
+    """Draw under load."""
+    price_per_hour: NonNegativeFloat = 0.0
+    """Money for one hour of the device."""
+    price_per_kwh: NonNegativeFloat = 0.30
+    currency: str = "USD"
+    source: str
+    """Where the figures come from: `measured …`, `data sheet …`, `assumed …`."""
