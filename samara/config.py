@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -30,6 +30,10 @@ class Config(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
     )
+
+    def resolved(self) -> Self:
+        """The same settings with every shorthand spelled out; what a run folder records."""
+        return self
 
 
 class _Loader(yaml.SafeLoader):
@@ -99,9 +103,22 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes a list of plain values on one line: the 28 widths of a design, not 28 lines."""
+
+
+def _represent_list(dumper: _Dumper, data: Sequence[Any]) -> yaml.SequenceNode:
+    flow = not any(isinstance(item, (dict, list, tuple)) for item in data)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=flow)
+
+
+_Dumper.add_representer(list, _represent_list)
+_Dumper.add_representer(tuple, _represent_list)
+
+
 def dump_yaml(data: Any) -> str:
     """Write plain data as YAML; :func:`parse_yaml` reads it back to the same data."""
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -153,7 +170,7 @@ def _index(node: list[Any], key: str, *, path: str) -> int:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``base`` with ``over`` laid on top; mappings merge key by key, all else is replaced."""
+    """Return ``base`` with ``over`` laid on top: mappings merge key by key, else ``over`` wins."""
     result = copy.deepcopy(dict(base))
     for key, value in over.items():
         if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
@@ -205,7 +222,8 @@ def _explain(config_type: type[Config], error: dict[str, Any], prefix: str) -> s
         context = error["ctx"]
         options = [option.strip().strip("'") for option in context["expected_tags"].split(",")]
         key = str(context["discriminator"]).strip("'")
-        return f"{where}.{key}: unknown value '{context['tag']}'{did_you_mean(context['tag'], options)}"
+        tag = context["tag"]
+        return f"{where}.{key}: unknown value '{tag}'{did_you_mean(tag, options)}"
     if kind == "union_tag_not_found":
         key = str(error["ctx"]["discriminator"]).strip("'")
         return f"{where}.{key}: is required and not given"
@@ -248,7 +266,7 @@ def _walk(
 
 
 def _labels(models: Sequence[type[Config]], part: str | int) -> list[type[Config]]:
-    """The union members that pydantic means by ``part``: a class name or a discriminator's value."""
+    """The union members pydantic means by ``part``: a class name or a discriminator's value."""
     found = []
     for model in models:
         tags = {
@@ -263,7 +281,7 @@ def _labels(models: Sequence[type[Config]], part: str | int) -> list[type[Config
 
 
 def _is_label(part: str) -> bool:
-    """Whether a location part is pydantic's name of a union member (``int``, ``tuple[int, ...]``)."""
+    """Whether a location part is pydantic's name of a union member, as ``tuple[int, ...]``."""
     return part in {"int", "float", "str", "bool", "none"} or bool(re.search(r"[\[\](-]", part))
 
 

@@ -4,7 +4,7 @@ A run folder holds
 
     recipe.yaml        the resolved recipe; running it again gives the same result
     environment.json   versions, commit, machine
-    lineage.json       the hashes of what it was made from, and the compute spent, ancestors included
+    lineage.json       hashes of what it was made from, and compute spent, ancestors included
     metrics.jsonl      one line per logged step
     status.json        running | stopped | failed | finished, and where it stands
     …                  what the verb makes (checkpoints/, model/, results.json, report.html)
@@ -56,6 +56,7 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(name, 0o644)  # mkstemp's files are for their owner alone
         os.replace(name, path)
     except OSError as error:
         Path(name).unlink(missing_ok=True)

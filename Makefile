@@ -1,0 +1,54 @@
+# make demo | make test need nothing but Python >= 3.11 and make: they set up .venv by themselves.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+BIN := .venv/bin
+RECIPE ?= recipes/quickstart.yaml
+# One thread a process: tests run in parallel, and two thread pools on two cores slow each other down.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=1
+# Idle threads sleep instead of spinning, so that other work on the machine does not stall training.
+RUN_ENV := OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
+
+.PHONY: demo test lint types format venv venv-dev clean help
+
+help:
+	@echo "make demo    set up, then pretrain, evaluate and report three small models"
+	@echo "make test    set up, then run the test suite"
+	@echo "make lint    ruff        make types   mypy        make format  ruff format"
+	@echo "make venv    set up only              make clean   remove .venv and caches"
+
+demo: venv
+	$(RUN_ENV) $(BIN)/samara run $(RECIPE)
+	@echo "The report: runs/quickstart/report.html"
+
+test: venv-dev
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: venv-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: venv-dev
+	$(BIN)/mypy
+
+format: venv-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+venv: .venv/installed
+venv-dev: .venv/installed-dev
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name it with PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,tracking,dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,5 @@
+"""``python -m samara``: the command line."""
+
+from samara.cli import main
+
+main()

@@ -1,0 +1,271 @@
+"""The command line: ``samara VERB RECIPE [key=value …]``.
+
+A verb's module is imported only when the verb runs, so ``samara --help`` imports no torch. What a
+user can mend is one line on standard error and exit status 2; ``--debug`` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import typer.core
+
+from samara.errors import ConfigError, SamaraError, Stopped
+
+# Plain help: with rich found, typer escapes brackets for it even where its markup is off.
+typer.core.HAS_RICH = False
+
+app = typer.Typer(
+    name="samara",
+    help="Build, grow and adapt your own language models on little hardware, and prove what it "
+    "cost and gained.\n\nFirst steps: samara run recipes/quickstart.yaml",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+RecipeArgument = Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Settings laid over the recipe, as optimizer.lr=1e-3.", metavar="[KEY=VALUE]..."
+    ),
+]
+Out = Annotated[
+    Path | None, typer.Option(help="The run folder.", show_default="runs/NAME of the recipe")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; do nothing.")]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Options of every verb; :func:`main` reads ``--debug`` itself."""
+    del debug
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Out = None,
+    stage: Annotated[str | None, typer.Option(help="Work off only this stage.")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Work off a recipe: its one verb, or its stages in order; what is finished is skipped.
+
+    Example: samara run recipes/quickstart.yaml
+    """
+    _work(recipe, overrides, out, verb=None, stage=stage, dry_run=dry_run)
+
+
+@app.command()
+def prepare(
+    recipe: RecipeArgument, overrides: Overrides = None, out: Out = None, dry_run: DryRun = False
+) -> None:
+    """Make a corpus: documents, one split, a tokenizer, token shards.
+
+    Example: samara prepare recipes/interpreter-docs.yaml tokenizer.vocab_size=4096
+    """
+    _work(recipe, overrides, out, verb="prepare", dry_run=dry_run)
+
+
+@app.command()
+def pretrain(
+    recipe: RecipeArgument, overrides: Overrides = None, out: Out = None, dry_run: DryRun = False
+) -> None:
+    """Train a model on a corpus; resumes by itself if its run folder exists.
+
+    Example: samara pretrain recipes/cola-60m.yaml optimizer.lr=3e-3 --out runs/cola-60m
+    """
+    _work(recipe, overrides, out, verb="pretrain", dry_run=dry_run)
+
+
+@app.command()
+def evaluate(
+    recipe: RecipeArgument, overrides: Overrides = None, out: Out = None, dry_run: DryRun = False
+) -> None:
+    """Score models on held-out text: loss, perplexity, bits per byte, with intervals.
+
+    Example: samara evaluate my-evaluation.yaml split=test
+    """
+    _work(recipe, overrides, out, verb="evaluate", dry_run=dry_run)
+
+
+@app.command()
+def report(
+    recipe: RecipeArgument, overrides: Overrides = None, out: Out = None, dry_run: DryRun = False
+) -> None:
+    """Turn run folders into one self-contained HTML page.
+
+    Example: samara report my-report.yaml --out runs/report
+    """
+    _work(recipe, overrides, out, verb="report", dry_run=dry_run)
+
+
+@app.command()
+def design(
+    recipes: Annotated[list[Path], typer.Argument(help="Recipes with a pretrain section.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    device: Annotated[
+        str | None, typer.Option(help="Device profile (a name or a YAML file) for time and cost.")
+    ] = None,
+) -> None:
+    """Show what a design is and costs: layers, parameters, FLOPs, memory, time. Trains nothing.
+
+    Example: samara design recipes/openelm-1_1b.yaml recipes/cola-1b.yaml
+    """
+    from samara.design import design_inputs
+    from samara.measure.design import design_data, design_text
+
+    data = design_data(design_inputs(recipes), device=device)
+    typer.echo(json.dumps(data, indent=2) if as_json else design_text(data))
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="A model folder, or a pretraining run folder.")],
+    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest.")] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Print text that a model writes.
+
+    Example: samara generate runs/quickstart/cola "Return the number of"
+    """
+    from samara.measure.sampling import sample_from_folder
+
+    typer.echo(
+        sample_from_folder(
+            model,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
+    )
+
+
+@app.command()
+def check(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe (YAML).")] = None,
+    overrides: Overrides = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema.")] = False,
+    list_: Annotated[
+        bool, typer.Option("--list", help="List the techniques with papers and modules.")
+    ] = False,
+) -> None:
+    """Validate a recipe and print it with nothing left implicit.
+
+    Example: samara check recipes/quickstart.yaml
+    """
+    if list_:
+        _list_techniques()
+        return
+    if schema:
+        from samara.recipe import RecipeFile
+
+        typer.echo(json.dumps(RecipeFile.model_json_schema(), indent=2))
+        return
+    if recipe is None:
+        raise ConfigError("check: give a recipe, --schema, or --list")
+    from samara.config import dump_yaml
+    from samara.recipe import load_recipe
+
+    typer.echo(dump_yaml(load_recipe(recipe, overrides or ()).resolved()), nl=False)
+
+
+def _list_techniques() -> None:
+    from samara.catalog import TECHNIQUES
+
+    width = max(len(item.name) for item in TECHNIQUES)
+    for item in TECHNIQUES:
+        paper = f"arXiv {item.arxiv}" if item.arxiv else item.paper
+        typer.echo(f"{item.name:<{width}}  {paper:<18}  {item.module}")
+
+
+def _work(
+    path: Path,
+    overrides: list[str] | None,
+    out: Path | None,
+    *,
+    verb: str | None,
+    stage: str | None = None,
+    dry_run: bool,
+) -> None:
+    from samara.errors import did_you_mean
+    from samara.lifecycle import plan, run_recipe
+    from samara.recipe import load_recipe
+
+    recipe = load_recipe(path, overrides or ())
+    if verb is not None and recipe.is_lifecycle:
+        raise ConfigError(
+            f"{path}: has stages; use `samara run {path}` (one of them: --stage NAME)"
+        )
+    if verb is not None and recipe.stages[0].verb != verb:
+        raise ConfigError(
+            f"{path}: is a recipe of `{recipe.stages[0].verb}`; "
+            f"use `samara {recipe.stages[0].verb} {path}`"
+        )
+    names = [item.name for item in recipe.stages]
+    if stage is not None and stage not in names:
+        raise ConfigError(f"--stage {stage}: no such stage{did_you_mean(stage, names)}")
+    folder = out or Path("runs") / recipe.name
+    if dry_run:
+        for item in plan(recipe, folder):
+            typer.echo(f"{item.action:<6} {item.folder}  {item.stage.verb}  ({item.reason})")
+        return
+    run_recipe(recipe, folder, say=_say, only=stage)
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def main() -> None:
+    """Entry point of the ``samara`` command."""
+    debug = "--debug" in sys.argv
+    try:
+        app(args=[a for a in sys.argv[1:] if a != "--debug"], standalone_mode=False)
+    except typer.Exit as leave:
+        sys.exit(leave.exit_code)
+    except Stopped as stop:
+        _say(f"samara: {stop}")
+        sys.exit(128 + stop.signal_number)
+    except (KeyboardInterrupt, typer.Abort):
+        _say("samara: interrupted")
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        _fail(error)
+
+
+def _fail(error: Exception) -> None:
+    import click
+
+    if isinstance(error, SamaraError):
+        _say("\n".join(f"samara: {line}" for line in str(error).splitlines()))
+        sys.exit(2)
+    if isinstance(error, click.ClickException):
+        error.show()
+        sys.exit(error.exit_code)
+    _say(
+        f"samara: internal error: {type(error).__name__}: {error} "
+        "(run it again with --debug for the traceback)"
+    )
+    sys.exit(1)
