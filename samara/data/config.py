@@ -32,12 +32,16 @@ class LocalFiles(Config):
 
     kind: Literal["files"] = "files"
     paths: tuple[str, ...] = Field(min_length=1)
-    """Files or glob patterns: .txt (blank-line-free: one document a file), .jsonl, .parquet, each
-    also with .gz."""
+    """Files or glob patterns: .txt, .jsonl (one record a line), .parquet, each also with .gz. A
+    record may bring `id`, `package`, `module`, `name` and `summary` beside its text."""
     validation_paths: tuple[str, ...] = ()
-    """Files whose documents are the validation split. Left out: split by document."""
+    """Files whose documents are the validation split; what is nearly the same is dropped from the
+    rest. Left out: split by document."""
     text_field: str = "text"
     """The field that holds the text, in JSON Lines and Parquet."""
+    text_documents: Literal["file", "passages"] = "file"
+    """What is one document in a .txt file: the whole file, or a passage of paragraphs (cut at a
+    blank line) of about a thousand characters."""
 
 
 class HubDataset(Config):

@@ -25,7 +25,7 @@ LAYERS: list[set[str]] = [
     {"train"},
     {"report"},
     {"recipe"},
-    {"lifecycle"},
+    {"lifecycle", "designs"},
     {"cli"},
     {"__main__"},
 ]
