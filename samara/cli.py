@@ -123,7 +123,7 @@ def design(
 
     Example: samara design recipes/openelm-1_1b.yaml recipes/cola-1b.yaml
     """
-    from samara.design import design_inputs
+    from samara.designs import design_inputs
     from samara.measure.design import design_data, design_text
 
     data = design_data(design_inputs(recipes), device=device)

@@ -32,7 +32,7 @@ class EvaluateConfig(Config):
     precision: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_tokens: PositiveInt | None = None
-    """Use only the first documents up to this many tokens. Left out: all."""
+    """Use only the first rows, as many as this many tokens fill. Left out: all."""
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
     bootstrap_samples: PositiveInt = 2000
     """Resamples of the documents behind every interval."""
@@ -44,11 +44,13 @@ class DeviceProfile(Config):
     """What a device can do and what it costs: the basis of MFU, time, energy and money."""
 
     name: str
+    cuda_names: tuple[str, ...] = ()
+    """What CUDA calls the device: how `auto` finds the profile."""
     peak_flops: dict[Literal["float32", "bfloat16"], PositiveFloat]
     """Dense matrix multiply-adds per second, times two."""
     memory_bytes: PositiveInt
     watts: PositiveFloat
-    """Draw under load."""
+    """Draw of one device under load."""
     price_per_hour: NonNegativeFloat = 0.0
     """Money for one hour of the device."""
     price_per_kwh: NonNegativeFloat = 0.30

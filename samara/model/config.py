@@ -28,8 +28,9 @@ PROJECTIONS: tuple[Projection, ...] = (
     "down_proj",
 )
 
-LayerRank = PositiveInt | dict[Projection, Annotated[int, Field(ge=0)]]
-"""Rank of one layer: one number for its seven projections, or one per projection (0: dense)."""
+Rank = Annotated[int, Field(ge=0)]
+LayerRank = Rank | dict[Projection, Rank]
+"""Rank of one layer: one number for its seven projections, or one per projection; 0: dense."""
 
 
 class LayerwiseScaling(Config):
@@ -45,8 +46,8 @@ class ColaConfig(Config):
     """CoLA low-rank activations (arXiv 2502.10940): every linear becomes B·σ(A·x)."""
 
     rank: PositiveInt | tuple[LayerRank, ...]
-    """Bottleneck width r: one number, or one entry per layer (a number or a mapping by projection,
-    where 0 leaves that projection dense). The paper uses hidden_size / 4 (130M: / 3)."""
+    """Bottleneck width r: one number, or one entry per layer (a number or a mapping by projection;
+    0, or a projection left out, is dense). The paper uses hidden_size / 4 (130M: / 3)."""
     activation: Literal["low_rank_only", "both"] = "low_rank_only"
     """`low_rank_only`: the FFN multiplies gate·up; `both`: also keeps SwiGLU's SiLU on the gate.
     The paper ships `both` for 60M and 130M, `low_rank_only` above."""
@@ -170,6 +171,9 @@ class ModelConfig(Config):
     def expand(self, *, vocab_size: int | None = None) -> ModelConfig:
         """Return the same design with every shorthand replaced by one entry per layer.
 
+        The keys that only derive widths (layerwise_scaling, gqa_group_size, ffn_dim_divisor) have
+        done their work and go back to their defaults, so that equal models have equal expansions.
+
         Args:
             vocab_size: Rows of the embedding where the design names none.
 
@@ -183,6 +187,10 @@ class ModelConfig(Config):
             raise ConfigError(
                 f"model.vocab_size: {rows} is less than the tokenizer's {vocab_size} entries"
             )
+        return self.resolved().model_copy(update={"vocab_size": rows})
+
+    def resolved(self) -> ModelConfig:
+        """The same design with one entry per layer; the vocabulary size may still be open."""
         query_heads, kv_heads, ffn_dims = self._widths()
         cola = self.cola and self.cola.model_copy(
             update={"rank": _per_layer(self.cola.rank, self.num_hidden_layers)}
@@ -192,9 +200,10 @@ class ModelConfig(Config):
                 "num_query_heads": query_heads,
                 "num_kv_heads": kv_heads,
                 "ffn_dim": ffn_dims,
+                "gqa_group_size": 1,
+                "ffn_dim_divisor": 256,
                 "layerwise_scaling": None,
                 "cola": cola,
-                "vocab_size": rows,
             }
         )
 

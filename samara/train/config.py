@@ -1,4 +1,4 @@
-"""Settings of training: optimizer, schedule, loop, checkpoints, logs. Nothing here imports torch."""
+"""Settings of training: optimizer, schedule, loop, checkpoints, logs. No torch here."""
 
 from __future__ import annotations
 
@@ -191,3 +191,7 @@ class PretrainConfig(Config):
                     f"model.max_position_embeddings {self.model.max_position_embeddings}"
                 )
         return self
+
+    def resolved(self) -> PretrainConfig:
+        """The same settings with the design expanded to one entry per layer."""
+        return self.model_copy(update={"model": self.model and self.model.resolved()})

@@ -1,0 +1,279 @@
+"""Verb ``design``: what a design is and costs, before anything is trained or even allocated.
+
+Closed forms only (:mod:`samara.measure.budget`, :mod:`samara.measure.memory`): 7B is as quick as
+60M. Time, energy and money are estimates for one named device that keeps up an assumed share of its
+peak; both the profile's source and the share stand in the result.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from samara.measure.budget import Budget, Checkpointing, LayerBudget, budget
+from samara.measure.config import DeviceProfile
+from samara.measure.devices import device_profile, estimated_cost
+from samara.measure.memory import OptimizerKind, Precision, training_memory
+from samara.model.config import ModelConfig
+
+ASSUMED_UTILIZATION = 0.4
+"""Share of the device's peak that training keeps up, recomputation counted: a fair value for a
+tuned GPU run of a dense model, optimistic for thin matrices."""
+
+TEXT_WIDTH = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class DesignInput:
+    """One recipe, as far as its costs depend on it.
+
+    Attributes:
+        name: What to call it.
+        model: The design; it names its vocabulary size.
+        sequence_length: Tokens of a row.
+        batch_size: Rows of an optimizer step.
+        micro_batch_size: Rows of a forward pass.
+        tokens: Token budget of the run.
+        precision: ``bfloat16``: autocast over float32 weights.
+        optimizer: ``adamw`` or ``muon``.
+        activation_checkpointing: What layers keep for backward.
+        z_loss: Whether z-loss is on.
+        device_profile: Where the recipe means to run; ``auto``: this machine.
+    """
+
+    name: str
+    model: ModelConfig
+    sequence_length: int
+    batch_size: int
+    micro_batch_size: int
+    tokens: int
+    precision: Precision = "bfloat16"
+    optimizer: OptimizerKind = "adamw"
+    activation_checkpointing: Checkpointing = "none"
+    z_loss: bool = False
+    device_profile: str = "auto"
+
+
+def design_data(
+    designs: Sequence[DesignInput],
+    *,
+    device: str | None = None,
+    utilization: float = ASSUMED_UTILIZATION,
+) -> dict[str, Any]:
+    """Compute what designs are and cost, as plain data.
+
+    Args:
+        designs: One or more.
+        device: A device profile (name or YAML file). Left out: what each recipe names.
+        utilization: Assumed share of the device's peak.
+
+    Returns:
+        For one design its figures; for several ``{"schema": 1, "designs": [...]}``. Bytes, FLOPs,
+        seconds. ``flops_per_token`` is that of training, forward and backward.
+
+    Raises:
+        ConfigError: If a design names no vocabulary size, or there is no such device profile.
+    """
+    found = [_design(item, device or item.device_profile, utilization) for item in designs]
+    if len(found) == 1:
+        return {"schema": 1, **found[0]}
+    return {"schema": 1, "designs": found}
+
+
+def _design(item: DesignInput, device: str, utilization: float) -> dict[str, Any]:
+    costs, length = budget(item.model), item.sequence_length
+    profile = device_profile(device)
+    parameters, flops = costs.parameters, costs.flops_per_token(length)
+    memory = training_memory(
+        item.model,
+        micro_batch_size=item.micro_batch_size,
+        sequence_length=length,
+        precision=item.precision,
+        optimizer=item.optimizer,
+        activation_checkpointing=item.activation_checkpointing,
+        accumulates=item.micro_batch_size < item.batch_size,
+        z_loss=item.z_loss,
+        device="cuda" if profile.cuda_names else "cpu",
+    )
+    return {
+        "name": item.name,
+        "parameters": parameters.total,
+        "embedding_parameters": parameters.embedding,
+        "non_embedding_parameters": parameters.non_embedding,
+        "flops_per_token": flops.training,
+        "forward_flops_per_token": flops.forward,
+        "backward_flops_per_token": flops.backward,
+        "causal_flops_per_token": costs.flops_per_token(length, "causal").training,
+        "recompute_flops_per_token": costs.recompute_flops_per_token(
+            length, item.activation_checkpointing
+        ),
+        "kv_cache_bytes_per_token": costs.kv_cache_bytes_per_token(),
+        "hidden_size": costs.hidden_size,
+        "head_dim": item.model.head_dim,
+        "vocab_size": costs.vocab_size,
+        "tie_word_embeddings": costs.tie_word_embeddings,
+        "layers": [_layer(layer, length) for layer in costs.layers],
+        "training": {
+            "sequence_length": length,
+            "batch_size": item.batch_size,
+            "micro_batch_size": item.micro_batch_size,
+            "tokens": item.tokens,
+            "flops": item.tokens * flops.training,
+            "precision": item.precision,
+            "optimizer": item.optimizer,
+            "activation_checkpointing": item.activation_checkpointing,
+        },
+        "memory": asdict(memory),
+        "estimate": _estimate(item, costs, profile, utilization),
+    }
+
+
+def _layer(layer: LayerBudget, sequence_length: int) -> dict[str, Any]:
+    return {
+        "num_query_heads": layer.num_query_heads,
+        "num_kv_heads": layer.num_kv_heads,
+        "ffn_dim": layer.ffn_dim,
+        "rank": layer.rank,
+        "parameters": layer.parameters,
+        "flops_per_token": layer.flops_per_token(sequence_length).training,
+    }
+
+
+def _estimate(
+    item: DesignInput, costs: Budget, profile: DeviceProfile, utilization: float
+) -> dict[str, Any]:
+    """Time, energy and money on one device."""
+    length, mode = item.sequence_length, item.activation_checkpointing
+    work = costs.flops_per_token(length, "causal").training
+    work += costs.recompute_flops_per_token(length, mode, "causal")
+    tokens_per_second = utilization * profile.peak_flops[item.precision] / work
+    seconds = item.tokens / tokens_per_second
+    cost = estimated_cost(profile, seconds=seconds)
+    return {
+        "device_profile": profile.name,
+        "source": profile.source,
+        "num_devices": 1,
+        "assumed_utilization": utilization,
+        "memory_bytes": profile.memory_bytes,
+        "tokens_per_second": tokens_per_second,
+        "seconds": seconds,
+        "energy_kwh": cost.energy_kwh,
+        "cost": cost.money,
+        "currency": cost.currency,
+    }
+
+
+# --- as text ------------------------------------------------------------------------------------
+
+
+def design_text(data: Mapping[str, Any]) -> str:
+    """Lay out what :func:`design_data` returned: designs side by side, then each one's layers."""
+    designs: Sequence[Mapping[str, Any]] = data.get("designs") or [data]
+    console = Console(file=io.StringIO(), width=max(TEXT_WIDTH, 24 + 18 * len(designs)))
+    console.print(_comparison(designs))
+    for line in dict.fromkeys(_assumption(design["estimate"]) for design in designs):
+        console.print(line, style="none", highlight=False)
+    for design in designs:
+        console.print(_layer_table(design))
+    output = console.file
+    assert isinstance(output, io.StringIO)
+    return output.getvalue().rstrip()
+
+
+ROWS: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
+    ("parameters", lambda d: f"{d['parameters']:,}"),
+    ("  embedding and head", lambda d: f"{d['embedding_parameters']:,}"),
+    ("  the rest", lambda d: f"{d['non_embedding_parameters']:,}"),
+    ("FLOPs per token, training", lambda d: _si(d["flops_per_token"], "FLOP")),
+    ("  forward", lambda d: _si(d["forward_flops_per_token"], "FLOP")),
+    ("  recomputed on top", lambda d: _si(d["recompute_flops_per_token"], "FLOP")),
+    ("KV cache per token, 16 bit", lambda d: _si(d["kv_cache_bytes_per_token"], "B")),
+    ("memory of training", lambda d: _si(d["memory"]["total"], "B")),
+    ("  weights", lambda d: _si(d["memory"]["weights"], "B")),
+    ("  gradients", lambda d: _si(d["memory"]["gradients"], "B")),
+    ("  optimizer", lambda d: _si(d["memory"]["optimizer"], "B")),
+    ("  activations", lambda d: _si(d["memory"]["activations"], "B")),
+    ("token budget", lambda d: _si(d["training"]["tokens"], "")),
+    ("FLOPs of the run", lambda d: _si(d["training"]["flops"], "FLOP")),
+    ("estimated tokens/s", lambda d: f"{d['estimate']['tokens_per_second']:,.0f}"),
+    ("estimated time", lambda d: _time(d["estimate"]["seconds"])),
+    ("estimated energy", lambda d: f"{d['estimate']['energy_kwh']:,.4g} kWh"),
+    ("estimated cost", lambda d: f"{d['estimate']['cost']:,.2f} {d['estimate']['currency']}"),
+)
+
+
+def _comparison(designs: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for design in designs:
+        table.add_column(design["name"], justify="right")
+    for label, show in ROWS:
+        table.add_row(label, *(show(design) for design in designs))
+    return table
+
+
+def _assumption(estimate: Mapping[str, Any]) -> str:
+    return (
+        f"Estimates: one {estimate['device_profile']} at {estimate['assumed_utilization']:.0%} of "
+        f"its peak (assumed), {_si(estimate['memory_bytes'], 'B')} of memory.\n"
+        f"Its figures: {estimate['source']}."
+    )
+
+
+def _layer_table(design: Mapping[str, Any]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=design["name"], title_justify="left")
+    columns = ("layer", "query heads", "KV heads", "FFN", "rank", "parameters", "FLOPs per token")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for where, layer in _runs(design["layers"]):
+        table.add_row(
+            where,
+            str(layer["num_query_heads"]),
+            str(layer["num_kv_heads"]),
+            f"{layer['ffn_dim']:,}",
+            _rank(layer["rank"]),
+            f"{layer['parameters']:,}",
+            _si(layer["flops_per_token"], "FLOP"),
+        )
+    return table
+
+
+def _runs(layers: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Equal layers that follow each other as one row: ``0-7``."""
+    start = 0
+    for layer, equal in groupby(layers):
+        stop = start + len(list(equal)) - 1
+        yield (str(start) if stop == start else f"{start}-{stop}"), layer
+        start = stop + 1
+
+
+def _rank(rank: Any) -> str:
+    if rank is None:
+        return "dense"
+    if isinstance(rank, Mapping):
+        named = [f"{name.removesuffix('_proj')} {value}" for name, value in rank.items() if value]
+        return ", ".join(named) or "dense"
+    return str(rank)
+
+
+def _si(value: float, unit: str) -> str:
+    """Three digits and a decimal prefix: ``1.08 GB``."""
+    for prefix in ("", "k", "M", "G", "T", "P", "E"):
+        if abs(value) < 999.5:
+            return f"{value:.3g} {prefix}{unit}".rstrip()
+        value /= 1000
+    return f"{value:,.3g} Z{unit}"
+
+
+def _time(seconds: float) -> str:
+    for size, unit in ((86400 * 2, "days"), (3600 * 2, "hours"), (60 * 2, "min")):
+        if seconds >= size:
+            return f"{seconds / (size / 2):,.3g} {unit}"
+    return f"{seconds:.3g} s"

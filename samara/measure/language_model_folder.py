@@ -1,0 +1,128 @@
+"""Open a saved model, Samara's or any other causal one, to be asked by the tasks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from samara.errors import CheckpointError, ConfigError
+from samara.measure.language_model import LanguageModel
+from samara.model.configuration import SamaraConfig
+from samara.model.loading import load_model
+from samara.runs import hash_files, read_json
+
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedLanguageModel:
+    """A model ready to be asked, the folder it came from, and the hash of its weights."""
+
+    language_model: LanguageModel
+    folder: Path
+    weights_hash: str
+
+
+def open_language_model(
+    path: Path,
+    *,
+    device: Device = "auto",
+    precision: Precision = "float32",
+    batch_size: int = 16,
+) -> SavedLanguageModel:
+    """Open a model folder, or the ``model`` folder of a run.
+
+    Args:
+        path: Holds ``config.json``, safetensors and a tokenizer; any causal language model that
+            ``transformers`` knows. Nothing is fetched and no code of the folder is run.
+        device: ``auto``: CUDA if there is one.
+        precision: Of the weights in memory; log-probabilities are taken in float32 at least.
+        batch_size: Rows at a time.
+
+    Raises:
+        CheckpointError: If the folder holds no complete model with its tokenizer.
+        ConfigError: If ``cuda`` is asked for and there is none.
+    """
+    folder = path / "model" if (path / "model" / "config.json").exists() else path
+    where = _device(device)
+    with _quiet_transformers():
+        tokenizer = _load_tokenizer(folder)
+        model = _load_weights(folder, dtype=getattr(torch, precision)).to(where)
+    return SavedLanguageModel(
+        language_model=LanguageModel(model, tokenizer, batch_size=batch_size),
+        folder=folder,
+        weights_hash=hash_files({file.name: file for file in folder.glob("*.safetensors")}),
+    )
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No bars and hints while loading; what matters is checked here and raised."""
+    level, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if has_bar:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _device(name: Device) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: 'cuda' was asked for, this machine has none; use cpu")
+    return torch.device(name)
+
+
+def _load_weights(folder: Path, *, dtype: torch.dtype) -> Any:
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: holds no config.json, so it is no saved model")
+    fields = read_json(folder / "config.json")
+    if not isinstance(fields, dict) or "model_type" not in fields:
+        raise CheckpointError(f"{folder / 'config.json'}: names no model_type")
+    if fields["model_type"] == SamaraConfig.model_type:
+        return load_model(folder, dtype=dtype)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"{folder}: cannot be loaded by transformers: {first}") from error
+    model, report = loaded
+    lacking = sorted(report["missing_keys"])
+    if lacking:
+        raise CheckpointError(
+            f"{folder}: lacks {len(lacking)} tensor(s) for its config.json, such as {lacking[0]}"
+        )
+    return model
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; give a folder with a saved model")
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise CheckpointError(
+            f"{folder}: holds no tokenizer; copy the tokenizer files of the model into it"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"{folder}: its tokenizer cannot be loaded: {first}") from error

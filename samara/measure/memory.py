@@ -1,0 +1,298 @@
+"""How much memory training a design takes, before a byte of it is allocated.
+
+The estimate follows one training step through its tensors: weights in float32, the optimizer's
+state, gradients, what each layer leaves for backward (by width, rank, precision and checkpointing),
+the chunks of the cross-entropy, and the largest passing tensors. ``total`` is the largest sum on
+the way, which is less than the sum of all parts: a layer's activations are gone by the time the
+gradients of the layers below it arrive.
+
+What is counted are bytes of tensors. ``benchmarks/memory.py`` compares them with measured peaks.
+CUDA's caching allocator adds its blocks' round-off and the context (about 0.5 GB). On a CPU the
+process holds more than its tensors: glibc's heap keeps freed blocks that are too fragmented to use
+again, between a fifth and four fifths on top in our measurements, so that is outside the estimate.
+``torch.compile`` fuses and recomputes on its own and takes less.
+
+Everything is in bytes. Names: n tokens of a micro-batch, d hidden, f FFN width, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from samara.measure.budget import Budget, Checkpointing, LayerBudget, budget
+from samara.model.attention import MAX_KEYS_BY_PRODUCTS
+from samara.model.config import PROJECTIONS, ModelConfig
+from samara.model.cross_entropy import CHUNK_ELEMENTS
+
+Precision = Literal["float32", "bfloat16"]
+OptimizerKind = Literal["adamw", "muon"]
+DeviceKind = Literal["cpu", "cuda"]
+
+FLOAT32 = 4
+INDEX = 8
+# Tensors of int64 that a micro-batch consists of: ids, targets, positions, documents.
+BATCH_TENSORS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of training one micro-batch at a time on one device.
+
+    Attributes:
+        weights: Parameters in float32.
+        gradients: Of all parameters, float32.
+        optimizer: Moments, float32.
+        activations: All that forward leaves for backward at its largest, autocast's copies of the
+            weights and the gradients that the fused cross-entropy takes ahead included.
+        total: The peak over a step. Not the sum: not all of them are there at once.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    total: int
+
+
+def training_memory(
+    design: ModelConfig,
+    *,
+    micro_batch_size: int,
+    sequence_length: int,
+    precision: Precision,
+    optimizer: OptimizerKind,
+    activation_checkpointing: Checkpointing,
+    accumulates: bool = False,
+    z_loss: bool = False,
+    device: DeviceKind = "cpu",
+) -> Memory:
+    """Estimate the memory of training a design.
+
+    Args:
+        design: The model section of a recipe.
+        micro_batch_size: Rows of one forward pass.
+        sequence_length: Tokens of a row, t.
+        precision: ``bfloat16``: autocast over float32 weights.
+        optimizer: ``adamw`` keeps two moments of everything, ``muon`` one of the hidden matrices.
+        activation_checkpointing: What layers keep for backward.
+        accumulates: Whether a step has several micro-batches; gradients then wait in memory.
+        z_loss: Whether z-loss is on; its gradients are kept apart.
+        device: Decides the kernels, and with them what they keep.
+    """
+    costs = budget(design)
+    shape = _Shape(
+        micro_batch_size=micro_batch_size,
+        sequence_length=sequence_length,
+        element=2 if precision == "bfloat16" else FLOAT32,
+        mode=activation_checkpointing,
+        on_cuda=device == "cuda",
+        gate_silu=design.cola is None or design.cola.activation == "both",
+    )
+    weights = FLOAT32 * costs.parameters.total
+    step = _Step(
+        costs=costs,
+        shape=shape,
+        fixed=weights + _optimizer_state(costs, optimizer),
+        accumulates=accumulates,
+        gradient_sets=2 if z_loss else 1,
+        chunk_elements=CHUNK_ELEMENTS[device],
+    )
+    return Memory(
+        weights=weights,
+        gradients=weights,
+        optimizer=_optimizer_state(costs, optimizer),
+        activations=step.activations,
+        total=max(step.cross_entropy(), step.backward(), step.update()),
+    )
+
+
+def _optimizer_state(costs: Budget, optimizer: OptimizerKind) -> int:
+    parameters = costs.parameters
+    if optimizer == "adamw":
+        return 2 * FLOAT32 * parameters.total
+    hidden = parameters.attention + parameters.ffn
+    return FLOAT32 * hidden + 2 * FLOAT32 * (parameters.embedding + parameters.norms)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shape:
+    """How a layer is run; gives what it leaves for backward."""
+
+    micro_batch_size: int
+    sequence_length: int
+    element: int
+    mode: Checkpointing
+    on_cuda: bool
+    gate_silu: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.micro_batch_size * self.sequence_length
+
+    @property
+    def mixed(self) -> bool:
+        return self.element != FLOAT32
+
+    @property
+    def by_products(self) -> bool:
+        """Whether attention is computed without a fused kernel (`samara.model.attention`)."""
+        short = self.sequence_length <= MAX_KEYS_BY_PRODUCTS
+        return self.mixed and short and not self.on_cuda
+
+    def norm(self, width: int) -> int:
+        """RMSNorm of the float32 residual stream: normalised values and statistics."""
+        # PyTorch's fused kernel keeps its input beside them, ours for CPU does not.
+        inputs = FLOAT32 * width if self.on_cuda else 0
+        return self.tokens * (FLOAT32 * (width + 1) + inputs)
+
+    def query_key_norm(self, width: int, heads: int) -> int:
+        """RMSNorm of each head; under autocast of bfloat16 values, with float32 statistics."""
+        inputs = 0
+        if self.mixed or self.on_cuda:
+            inputs = FLOAT32 * width if self.on_cuda else self.element * width
+        return self.tokens * (self.element * width + FLOAT32 * heads + inputs)
+
+    def attention(self, layer: LayerBudget) -> int:
+        """The attention half of a layer, with its norm."""
+        query_dim = layer.num_query_heads * layer.head_dim
+        kv_dim = layer.num_kv_heads * layer.head_dim
+        total = self.norm(layer.hidden_size)
+        if layer.qk_norm:
+            total += self.query_key_norm(query_dim, layer.num_query_heads)
+            total += self.query_key_norm(kv_dim, layer.num_kv_heads)
+        # Input of the projections; queries, keys, values, result.
+        per_token = self.element * (layer.hidden_size + 2 * query_dim + 2 * kv_dim)
+        if self.by_products:
+            # Keys and values are repeated for the queries that share them; all weights are kept.
+            per_token += self.element * 2 * (query_dim - kv_dim)
+            per_token += self.element * layer.num_query_heads * self.sequence_length
+        else:
+            per_token += FLOAT32 * layer.num_query_heads  # log-sum-exp
+        return total + self.tokens * per_token + self._bottlenecks(layer, PROJECTIONS[:4])
+
+    def ffn(self, layer: LayerBudget) -> int:
+        """The FFN half of a layer, with its norm."""
+        keeps_silu = self.gate_silu or layer.linears["gate_proj"].rank == 0
+        wide = 4 if keeps_silu else 3
+        per_token = self.element * (layer.hidden_size + wide * layer.ffn_dim)
+        bottlenecks = self._bottlenecks(layer, PROJECTIONS[4:])
+        return self.norm(layer.hidden_size) + self.tokens * per_token + bottlenecks
+
+    def _bottlenecks(self, layer: LayerBudget, names: tuple[str, ...]) -> int:
+        """The low-rank linears' pre-activations and their SiLU."""
+        ranks = sum(item.rank for name, item in layer.linears.items() if name in names)
+        return 2 * self.tokens * self.element * ranks
+
+    def kept(self, layer: LayerBudget) -> int:
+        """What a layer leaves when forward has passed it."""
+        stream = FLOAT32 * self.tokens * layer.hidden_size
+        if self.mode == "layer":
+            return stream
+        if self.mode == "cola_m":
+            ranks = sum(item.rank for item in layer.linears.values())
+            return 2 * stream + self.element * self.tokens * ranks
+        return self.attention(layer) + self.ffn(layer) + self.weight_copies(layer)
+
+    def recomputed(self, layer: LayerBudget) -> int:
+        """What backward makes again for a layer before it uses it."""
+        if self.mode == "none":
+            return 0
+        if self.mode == "layer":
+            return self.attention(layer) + self.ffn(layer) + self.weight_copies(layer)
+        halves = max(self.attention(layer), self.ffn(layer))
+        return halves + self.weight_copies(layer)
+
+    def weight_copies(self, layer: LayerBudget) -> int:
+        """Autocast's bfloat16 copies of a layer's matrices, kept for backward."""
+        if not self.mixed:
+            return 0
+        return self.element * (layer.attention_parameters + layer.ffn_parameters)
+
+    def passing(self, layer: LayerBudget) -> int:
+        """Gradients that pass through a layer's FFN at once, beyond the activations they replace.
+
+        The stream's gradient twice, and three of FFN width while one activation is freed.
+        """
+        return self.tokens * (2 * FLOAT32 * layer.hidden_size + 2 * self.element * layer.ffn_dim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Step:
+    """The moments of a training step at which memory may peak."""
+
+    costs: Budget
+    shape: _Shape
+    fixed: int
+    accumulates: bool
+    gradient_sets: int
+    chunk_elements: int
+
+    @property
+    def gradients(self) -> int:
+        """Gradients that wait for the next micro-batch."""
+        return FLOAT32 * self.costs.parameters.total if self.accumulates else 0
+
+    @property
+    def stream(self) -> int:
+        return FLOAT32 * self.shape.tokens * self.costs.hidden_size
+
+    @property
+    def vocabulary(self) -> int:
+        """A gradient of the output matrix."""
+        return FLOAT32 * self.costs.vocab_size * self.costs.hidden_size
+
+    @property
+    def ends(self) -> int:
+        """What embedding, rotary tables, mask and final norm leave, and the batch itself."""
+        shape, tokens = self.shape, self.shape.tokens
+        tables = 2 * FLOAT32 * tokens * self.costs.layers[0].head_dim
+        mask = 0 if shape.on_cuda else shape.element * tokens * shape.sequence_length
+        return tables + mask + BATCH_TENSORS * INDEX * tokens + shape.norm(self.costs.hidden_size)
+
+    @property
+    def taken_ahead(self) -> int:
+        """Gradients that the cross-entropy takes in its forward pass."""
+        return self.gradient_sets * (self.stream + self.vocabulary)
+
+    @property
+    def activations(self) -> int:
+        layers = sum(self.shape.kept(layer) for layer in self.costs.layers)
+        return layers + self.ends + self.taken_ahead
+
+    def cross_entropy(self) -> int:
+        """Forward has passed all layers; the last chunk of logits is in hand."""
+        shape, costs = self.shape, self.costs
+        rows = min(shape.tokens, max(1, self.chunk_elements // costs.vocab_size))
+        elements = rows * costs.vocab_size
+        # Logits and log-probabilities, and the chunk before, which Python has not let go yet.
+        chunk = 3 * FLOAT32 * elements
+        if shape.mixed:
+            chunk += shape.element * elements  # logits before they are cast up
+            chunk += shape.element * costs.vocab_size * costs.hidden_size
+            if shape.mode != "none":  # autocast's cache lives until its context ends
+                chunk += sum(shape.weight_copies(layer) for layer in costs.layers)
+        chunk += self.stream  # the final norm's output
+        return self.fixed + self.gradients + self.activations + chunk
+
+    def backward(self) -> int:
+        """The largest moment on the way back through the layers."""
+        costs, shape = self.costs, self.shape
+        left = self.activations
+        arrived = self.gradients
+        # The scaled copies of the gradients taken ahead; the taken ones stay until the loss goes.
+        peak = left + arrived + self.stream + self.vocabulary
+        # Tied, the head's gradient waits for the embedding's; untied, it is there for good.
+        waiting = self.vocabulary
+        for layer in reversed(costs.layers):
+            now = left + arrived + waiting + shape.recomputed(layer) + shape.passing(layer)
+            peak = max(peak, now)
+            left -= shape.kept(layer)
+            if not self.accumulates:
+                arrived += FLOAT32 * layer.parameters
+        peak = max(peak, left + arrived + waiting + 2 * self.vocabulary + self.stream)
+        return self.fixed + peak
+
+    def update(self) -> int:
+        """The optimizer's step: everything but activations."""
+        return self.fixed + FLOAT32 * self.costs.parameters.total

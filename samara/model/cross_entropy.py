@@ -1,0 +1,183 @@
+"""Cross-entropy straight from hidden states: the logits of a batch never exist whole.
+
+Token rows go through the output matrix in chunks. In training each chunk's gradient is taken while
+its probabilities are at hand, so that nothing of size (rows, vocabulary) waits for backward and no
+product is computed twice.
+
+Shapes: b batch, t positions, n = b * t rows, c rows of a chunk, d hidden, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORE_INDEX = -100
+CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
+"""Logits of one chunk: on CPU what stays in the last-level cache, on CUDA enough to fill it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossEntropy:
+    """Sums over the counted targets; divide by ``num_targets``, over all batches, for means.
+
+    Attributes:
+        nll_sum: Summed negative log-likelihood in nats, a scalar; differentiable.
+        z_sum: Summed squared log-partition, a scalar; differentiable; 0 without z-loss.
+        num_targets: Targets counted, an int64 scalar.
+    """
+
+    nll_sum: Tensor
+    z_sum: Tensor
+    num_targets: Tensor
+
+
+def linear_cross_entropy(
+    hidden_btd: Tensor, weight_vd: Tensor, targets_bt: Tensor, *, z_loss: float = 0.0
+) -> CrossEntropy:
+    """Cross-entropy of the logits ``hidden @ weight.T`` against targets.
+
+    Under autocast the products run in its dtype; softmax and sums in float32 (float64 for float64).
+
+    Args:
+        hidden_btd: Hidden states (b, t, d).
+        weight_vd: Output matrix (v, d).
+        targets_bt: Token after each position (b, t), int64; -100 is not counted.
+        z_loss: Weight that the caller will give ``z_sum``; 0 saves its computation.
+    """
+    rows = hidden_btd.flatten(0, -2)
+    targets = targets_bt.flatten()
+    differentiate = torch.is_grad_enabled() and (rows.requires_grad or weight_vd.requires_grad)
+    nll_sum, z_sum = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        rows, weight_vd, targets, z_loss != 0.0, differentiate
+    )
+    return CrossEntropy(nll_sum=nll_sum, z_sum=z_sum, num_targets=(targets != IGNORE_INDEX).sum())
+
+
+@torch.no_grad()
+def per_token_nll(hidden_btd: Tensor, weight_vd: Tensor, targets_bt: Tensor) -> Tensor:
+    """Negative log-likelihood of each target (b, t) in nats, 0 where the target is -100."""
+    rows, targets = hidden_btd.flatten(0, -2), targets_bt.flatten()
+    dtype = _product_dtype(rows)
+    weight = weight_vd.to(dtype)
+    with torch.autocast(rows.device.type, enabled=False):
+        chunks = [
+            _log_probabilities(rows[span].to(dtype), weight, targets[span]).nll
+            for span in _spans(rows, weight)
+        ]
+    nll = torch.cat(chunks) if chunks else rows.new_zeros(0)
+    return nll.view(targets_bt.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chunk:
+    log_p: Tensor  # (c, v)
+    nll: Tensor  # (c,), 0 where not counted
+    log_z: Tensor  # (c,), the log-partition
+    counted: Tensor  # (c,), booleans
+    targets: Tensor  # (c, 1), 0 where not counted
+
+
+def _log_probabilities(rows: Tensor, weight: Tensor, targets: Tensor) -> _Chunk:
+    counted = targets != IGNORE_INDEX
+    safe = torch.where(counted, targets, 0)[:, None]
+    logits = rows @ weight.T
+    exact = logits.dtype if logits.dtype == torch.float64 else torch.float32
+    logit = logits.gather(1, safe)[:, 0].to(exact)
+    log_p = torch.log_softmax(logits, dim=-1, dtype=exact)
+    nll = -log_p.gather(1, safe)[:, 0]
+    return _Chunk(
+        log_p=log_p,
+        nll=torch.where(counted, nll, 0.0),
+        log_z=torch.where(counted, logit + nll, 0.0),
+        counted=counted,
+        targets=safe,
+    )
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Both sums, with the gradients of each computed in forward and scaled in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight_vd: Tensor,
+        targets: Tensor,
+        with_z: bool,
+        differentiate: bool,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = _product_dtype(rows)
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        weight = weight_vd.to(dtype)
+        nll_sum = torch.zeros((), dtype=exact, device=rows.device)
+        z_sum = torch.zeros_like(nll_sum)
+        nll_grads = _Gradients.zeros(rows, weight_vd, exact) if differentiate else None
+        z_grads = _Gradients.zeros(rows, weight_vd, exact) if differentiate and with_z else None
+        with torch.autocast(rows.device.type, enabled=False):
+            for span in _spans(rows, weight):
+                chunk_rows = rows[span].to(dtype)
+                chunk = _log_probabilities(chunk_rows, weight, targets[span])
+                nll_sum += chunk.nll.sum()
+                if with_z:
+                    z_sum += chunk.log_z.square().sum()
+                if nll_grads is None:
+                    continue
+                p = chunk.log_p.exp_()
+                if z_grads is not None:
+                    # d log_z^2 / d logits = 2 log_z p; log_z is 0 where not counted
+                    z_grads.add(p.to(dtype), chunk_rows, weight, span, (2.0 * chunk.log_z)[:, None])
+                p.scatter_add_(1, chunk.targets, -torch.ones_like(p[:, :1]))
+                nll_grads.add(p.to(dtype), chunk_rows, weight, span, chunk.counted[:, None])
+        ctx.nll_grads, ctx.z_grads = nll_grads, z_grads
+        ctx.dtypes = rows.dtype, weight_vd.dtype
+        return nll_sum, z_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_nll: Tensor, grad_z: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale the gradients that forward left."""
+        d_rows = ctx.nll_grads.rows * grad_nll
+        d_weight = ctx.nll_grads.weight * grad_nll
+        if ctx.z_grads is not None:
+            d_rows.addcmul_(ctx.z_grads.rows, grad_z)
+            d_weight.addcmul_(ctx.z_grads.weight, grad_z)
+        rows_dtype, weight_dtype = ctx.dtypes
+        return d_rows.to(rows_dtype), d_weight.to(weight_dtype), None, None, None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Gradients:
+    """Gradients of one sum, filled chunk by chunk."""
+
+    rows: Tensor  # (n, d)
+    weight: Tensor  # (v, d)
+
+    @classmethod
+    def zeros(cls, rows: Tensor, weight: Tensor, dtype: torch.dtype) -> _Gradients:
+        return cls(
+            rows=torch.empty_like(rows, dtype=dtype), weight=torch.zeros_like(weight, dtype=dtype)
+        )
+
+    def add(
+        self, d_logits: Tensor, rows: Tensor, weight: Tensor, span: slice, scale: Tensor
+    ) -> None:
+        """Add a chunk whose gradient by the logits is ``scale * d_logits``; scale is (c, 1)."""
+        self.rows[span] = (d_logits @ weight) * scale
+        self.weight.add_(d_logits.T @ (rows * scale.to(rows.dtype)))
+
+
+def _product_dtype(rows: Tensor) -> torch.dtype:
+    device = rows.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
+
+
+def _spans(rows: Tensor, weight_vd: Tensor) -> list[slice]:
+    """Equal-sized slices of the rows; the last may be shorter."""
+    num_rows, elements = rows.shape[0], CHUNK_ELEMENTS["cuda" if rows.is_cuda else "cpu"]
+    size = max(1, elements // weight_vd.shape[0])
+    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]

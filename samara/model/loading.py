@@ -1,0 +1,123 @@
+"""Reading and writing a model folder, strictly: a checkpoint fits its configuration or is refused.
+
+Transformers fills missing tensors with random numbers and warns. Here every tensor's name and shape
+is compared with the model first, from the file's header.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from samara.errors import CheckpointError, ConfigError
+from samara.model.configuration import SamaraConfig
+from samara.model.modeling import SamaraForCausalLM
+
+Shape = tuple[int, ...]
+
+
+def load_model(
+    folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> SamaraForCausalLM:
+    """Load a model saved by :func:`save_model` or ``save_pretrained``.
+
+    Args:
+        folder: Holds ``config.json`` and ``model.safetensors`` (or its shards and their index).
+        dtype: Of the weights in memory. Left out: as saved.
+        device: Where to. Left out: CPU.
+
+    Raises:
+        CheckpointError: If a file is missing or damaged, or a tensor does not fit ``config.json``.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    _compare(folder, found=_tensor_shapes(folder), expected=_expected_shapes(config))
+    model: SamaraForCausalLM = SamaraForCausalLM.from_pretrained(
+        folder, config=config, dtype=dtype or "auto", local_files_only=True
+    )
+    if device is not None:
+        model.to(torch.device(device))  # type: ignore[arg-type] # a wrapper hides the signature
+    return model
+
+
+def save_model(model: SamaraForCausalLM, folder: Path) -> None:
+    """Write ``config.json``, ``generation_config.json`` and ``model.safetensors`` to ``folder``."""
+    model.save_pretrained(folder)
+
+
+def _read_config(folder: Path) -> SamaraConfig:
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; give a folder with a saved model")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: holds no config.json, so it is no saved model") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    model_type = fields.get("model_type") if isinstance(fields, dict) else None
+    if model_type != SamaraConfig.model_type:
+        raise CheckpointError(
+            f"{path}: model_type is {model_type!r}, not 'samara'; this folder holds another "
+            "architecture"
+        )
+    try:
+        config: SamaraConfig = SamaraConfig.from_dict(fields)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return config
+
+
+def _tensor_shapes(folder: Path) -> dict[str, Shape]:
+    """Name and shape of every tensor, from the headers alone."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        try:
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index}: cannot be read: {error}") from None
+    shapes: dict[str, Shape] = {}
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file; the checkpoint is incomplete")
+        try:
+            with safe_open(path, framework="pt") as file:
+                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 # no mapping
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: damaged or cut short: {error}") from None
+    return shapes
+
+
+def _expected_shapes(config: SamaraConfig) -> dict[str, Shape]:
+    with torch.device("meta"):
+        model = SamaraForCausalLM(config)
+    state: dict[str, Any] = model.state_dict()
+    if config.tie_word_embeddings:
+        del state["lm_head.weight"]  # saved once, as the embedding
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _compare(folder: Path, *, found: dict[str, Shape], expected: dict[str, Shape]) -> None:
+    for problem, names in (
+        ("lacks", sorted(expected.keys() - found.keys())),
+        ("holds unknown", sorted(found.keys() - expected.keys())),
+    ):
+        if names:
+            raise CheckpointError(
+                f"{folder}: {problem} {len(names)} tensor(s) for its config.json, "
+                f"such as {names[0]}; it was made for another model"
+            )
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise CheckpointError(
+                f"{folder}: {name} has shape {list(found[name])}, config.json asks for "
+                f"{list(shape)}; it was made for another model"
+            )

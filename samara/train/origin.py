@@ -1,0 +1,113 @@
+"""What a run starts from: a fresh design, or the weights of another run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from samara.data.prepare import PreparedCorpus
+from samara.data.tokenizer import TOKENIZER_FILE, TextTokenizer
+from samara.errors import CheckpointError, ConfigError, DataError
+from samara.model.config import ModelConfig
+from samara.model.configuration import SamaraConfig
+from samara.model.loading import load_model
+from samara.model.modeling import SamaraForCausalLM
+from samara.runs import Compute, RunFolder, hash_files, read_json
+from samara.train.config import PretrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a model comes from.
+
+    Attributes:
+        design: The expanded design.
+        folder: The model folder to load; None: fresh weights.
+        parents: For the lineage: role to content hash.
+        inherited: Compute that its ancestors spent.
+    """
+
+    design: ModelConfig
+    folder: Path | None = None
+    parents: Mapping[str, str] = field(default_factory=dict)
+    inherited: Compute = field(default_factory=Compute)
+
+    def build(self, corpus: PreparedCorpus) -> SamaraForCausalLM:
+        """Make the model, in float32 on the CPU; fresh weights come from torch's generator."""
+        if self.folder is not None:
+            return load_model(self.folder, dtype=torch.float32)
+        return SamaraForCausalLM(SamaraConfig.from_design(self.design, **corpus.special_tokens))
+
+
+def find_origin(config: PretrainConfig, corpus: PreparedCorpus) -> Origin:
+    """Resolve ``model`` or ``init_from`` of a recipe against the corpus.
+
+    Raises:
+        ConfigError: If the design's vocabulary or context, or the tokenizer, does not fit.
+        CheckpointError: If ``init_from`` holds no whole Samara model.
+    """
+    if config.model is not None:
+        return Origin(design=config.model.expand(vocab_size=corpus.vocab_size))
+    assert config.init_from is not None
+    folder = model_folder(Path(config.init_from).expanduser())
+    design = _read_design(folder)
+    length = config.data.sequence_length
+    if length > design.max_position_embeddings:
+        raise ConfigError(
+            f"data.sequence_length: {length} exceeds the {design.max_position_embeddings} "
+            f"positions of init_from {folder}"
+        )
+    _check_tokenizer(folder, corpus)
+    return Origin(
+        design=design,
+        folder=folder,
+        parents={"init_from": weights_hash(folder)},
+        inherited=RunFolder(folder.parent).lineage().total if folder.name == "model" else Compute(),
+    )
+
+
+def model_folder(path: Path) -> Path:
+    """A model folder given by its own path or by that of the run that made it."""
+    inner = path / "model"
+    return inner if (inner / "config.json").exists() else path
+
+
+def weights_hash(folder: Path) -> str:
+    """Content hash of a model folder's weights."""
+    return hash_files({file.name: file for file in folder.glob("*.safetensors")})
+
+
+def _read_design(folder: Path) -> ModelConfig:
+    fields = read_json(folder / "config.json")
+    if not isinstance(fields, dict) or fields.get("model_type") != SamaraConfig.model_type:
+        raise CheckpointError(
+            f"init_from: {folder} holds no Samara model; pretrain goes on from folders that "
+            "Samara wrote"
+        )
+    config: SamaraConfig = SamaraConfig.from_dict(fields)
+    return config.to_design()
+
+
+def _check_tokenizer(folder: Path, corpus: PreparedCorpus) -> None:
+    """Refuse to go on with other tokens than the weights were trained on."""
+    try:
+        own, other = TextTokenizer.load(folder), TextTokenizer.load(corpus.tokenizer_folder)
+    except DataError as error:
+        raise ConfigError(f"init_from: {error}") from error
+    if _content(own) != _content(other):
+        raise ConfigError(
+            f"init_from: the tokenizer of {folder} is not that of the corpus {corpus.folder}; "
+            f"prepare the corpus with tokenizer: {{kind: load, path: {folder}}}"
+        )
+
+
+def _content(tokenizer: TextTokenizer) -> dict[str, Any]:
+    """What decides the tokens, whatever wrote the file."""
+    data = dict(read_json(tokenizer.folder / TOKENIZER_FILE))
+    ignored = ("truncation", "padding")
+    kept = {key: value for key, value in data.items() if key not in ignored}
+    return {**kept, "special_tokens": tokenizer.special_tokens}

@@ -1,0 +1,341 @@
+"""Verb ``pretrain``: a prepared corpus in, a trained model out.
+
+The run folder gets
+
+    checkpoints/  averages/   to go on from, and the members of the final mean
+    metrics.jsonl             the log
+    model/                    the result: a Hugging Face folder with its tokenizer
+    summary.json              what it is, what it cost, how good it became
+    lineage.json              what it was made from, and the compute spent, ancestors' included
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from samara.data.loader import training_batches
+from samara.data.prepare import PreparedCorpus, open_corpus
+from samara.data.tokenizer import FOLDER_FILES
+from samara.data.tokens import PackedSequences
+from samara.errors import ConfigError, ResourceError
+from samara.measure.budget import Budget, budget
+from samara.measure.config import DeviceProfile
+from samara.measure.devices import device_profile, estimated_cost
+from samara.measure.loss import evaluate_loss
+from samara.measure.memory import training_memory
+from samara.model.loading import save_model
+from samara.model.modeling import SamaraForCausalLM, set_activation_checkpointing
+from samara.progress import ProgressLine
+from samara.runs import Compute, Lineage, RunFolder, new_folder, write_json
+from samara.train.averaging import Averages, member_steps
+from samara.train.checkpoint import Checkpoints, TrainingState, disk_errors, sweep
+from samara.train.config import PretrainConfig
+from samara.train.loop import Costs, Hooks, Record, Update, train
+from samara.train.memory import PeakMemory, check_memory
+from samara.train.objective import CausalLM
+from samara.train.optim import Optimizer
+from samara.train.origin import Origin, find_origin, weights_hash
+from samara.train.parallel import Place, choose_place, compile_model
+from samara.train.schedule import learning_rate
+from samara.train.sinks import Sink, open_sinks
+from samara.train.stop import StopSignal
+
+
+def pretrain(config: PretrainConfig, run: RunFolder) -> None:
+    """Train a model in ``run``; where the folder holds checkpoints, go on from the newest.
+
+    Raises:
+        ConfigError: If the settings do not fit the corpus or the model to start from.
+        DataError: If the corpus is missing or damaged.
+        ResourceError: If memory will not do (as a rule before the first step), or the disk is full.
+        CheckpointError: If what there is to go on from is damaged or belongs to something else.
+        NonFiniteLossError: If the loss stops being a number.
+        Stopped: If a signal stopped it, its state saved.
+    """
+    place = choose_place(config.training.device)
+    if place.world_size > 1:
+        raise ConfigError(
+            f"training: runs in one process, and {place.world_size} were started; start one"
+        )
+    corpus = open_corpus(config.data.corpus, cache=cache_folder())
+    origin = find_origin(config, corpus)
+    micro_batch_size = config.training.micro_batch_size or config.training.batch_size
+    needed = predict_memory(config, origin, place, micro_batch_size=micro_batch_size)
+    check_memory(predicted=needed, device=place.device)
+    job = Job(config, run, corpus, origin, place, micro_batch_size)
+    job.resume()
+    try:
+        job.train()
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"step {job.state.step + 1}: {place.device.type} ran out of memory; lower "
+            f"training.micro_batch_size ({micro_batch_size}), or set "
+            "training.activation_checkpointing: layer"
+        ) from error
+    job.finish()
+
+
+def cache_folder() -> Path:
+    """Where corpora given inline are prepared, once each."""
+    return Path(os.environ.get("SAMARA_CACHE", "~/.cache/samara")).expanduser() / "corpora"
+
+
+def predict_memory(
+    config: PretrainConfig, origin: Origin, place: Place, *, micro_batch_size: int
+) -> int:
+    """Peak bytes that training will take."""
+    return training_memory(
+        origin.design,
+        micro_batch_size=micro_batch_size,
+        sequence_length=config.data.sequence_length,
+        precision=config.training.precision,
+        optimizer=config.optimizer.kind,
+        activation_checkpointing=config.training.activation_checkpointing,
+        accumulates=micro_batch_size < config.training.batch_size,
+        z_loss=config.training.z_loss > 0,
+        device="cuda" if place.device.type == "cuda" else "cpu",
+    ).total
+
+
+class Job:
+    """One run of the verb, from a fresh or interrupted folder to its summary."""
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        run: RunFolder,
+        corpus: PreparedCorpus,
+        origin: Origin,
+        place: Place,
+        micro_batch_size: int,
+    ) -> None:
+        self.config, self.run, self.corpus, self.origin = config, run, corpus, origin
+        self.place, self.micro_batch_size = place, micro_batch_size
+        self.num_steps = config.training.num_steps(config.data.sequence_length)
+        self.budget: Budget = budget(origin.design)
+        self.profile: DeviceProfile = device_profile(
+            config.logging.device_profile, device=place.device.type
+        )
+        self.memory = PeakMemory(place.device)
+        self.model = self._build_model()
+        self.optimizer = Optimizer(self.model, config.optimizer)
+        self.state = TrainingState()
+        self.checkpoints = Checkpoints(
+            run.path / "checkpoints",
+            keep_last=config.checkpoint.keep_last,
+            identity={"corpus": corpus.hash, **origin.parents},
+        )
+        self.averages = Averages(run.path / "averages", self._average_steps())
+        self.training_set = self._dataset("train")
+        has_validation = corpus.statistics["splits"]["validation"]["tokens"] > 0
+        self.validation_set = self._dataset("validation") if has_validation else None
+
+    def _build_model(self) -> SamaraForCausalLM:
+        torch.manual_seed(self.config.seed)
+        model = self.origin.build(self.corpus)
+        set_activation_checkpointing(model, self.config.training.activation_checkpointing)
+        model.to(self.place.device)  # type: ignore[arg-type] # transformers wraps it untyped
+        if self.config.training.compile:
+            compile_model(model)
+        return model
+
+    def _dataset(self, split: str) -> PackedSequences:
+        return PackedSequences(
+            self.corpus.tokens(split),
+            sequence_length=self.config.data.sequence_length,
+            document_boundaries=self.config.data.document_boundaries,
+        )
+
+    def _average_steps(self) -> tuple[int, ...]:
+        settings = self.config.checkpoint
+        if settings.average_last == 1:
+            return ()
+        assert settings.every_steps is not None
+        return member_steps(
+            num_steps=self.num_steps, every=settings.every_steps, count=settings.average_last
+        )
+
+    def resume(self) -> None:
+        """Go back to the newest checkpoint, if there is one, and cut the log to it."""
+        sweep(self.run.path)
+        checkpoint = self.checkpoints.latest()
+        if checkpoint is not None:
+            self.checkpoints.load(checkpoint, self.model, self.optimizer)
+            self.state = checkpoint.state
+        self.run.truncate_metrics(self.state.step)
+
+    def train(self) -> None:
+        """Run the loop to the last step."""
+        settings = self.config.training
+        start = self.state.step
+        batches = training_batches(
+            self.training_set,
+            batch_size=settings.batch_size,
+            micro_batch_size=self.micro_batch_size,
+            seed=self.config.seed,
+            start_step=start,
+            num_steps=self.num_steps - start,
+            rank=self.place.rank,
+            world_size=self.place.world_size,
+            num_workers=self.config.data.num_workers,
+            pin_memory=self.place.device.type == "cuda",
+        )
+        label = f"pretrain {self.run.path.name}"
+        total = self.num_steps * settings.batch_size * self.config.data.sequence_length
+        with (
+            StopSignal() as stop,
+            open_sinks(self.config.logging.sinks, run=self.run, start_step=start) as sinks,
+            ProgressLine(label, total=total, unit="tokens") as line,
+        ):
+            train(
+                self.model,
+                objective=CausalLM(z_loss=settings.z_loss),
+                optimizer=self.optimizer,
+                learning_rate=self._learning_rate,
+                batches=batches,
+                state=self.state,
+                num_steps=self.num_steps,
+                precision=settings.precision,
+                clip_grad_norm=settings.clip_grad_norm,
+                costs=self._costs(),
+                hooks=self._hooks(line, sinks),
+                stop=stop,
+            )
+
+    def _learning_rate(self, step: int) -> float:
+        return learning_rate(
+            self.config.schedule,
+            step=step,
+            num_steps=self.num_steps,
+            peak=self.config.optimizer.lr,
+        )
+
+    def _costs(self) -> Costs:
+        length = self.config.data.sequence_length
+        return Costs(
+            flops_per_token=self.budget.flops_per_token(length).training,
+            useful_flops_per_token=self.budget.flops_per_token(length, "causal").training,
+            peak_flops=self.profile.peak_flops[self.config.training.precision],
+        )
+
+    def _hooks(self, line: ProgressLine, sinks: list[Sink]) -> Hooks:
+        return Hooks(
+            on_step=_progress(line, self.state),
+            log=lambda record: self._log(record, sinks),
+            log_every=self.config.logging.every_steps,
+            evaluate=None if self.validation_set is None else self.evaluate,
+            evaluate_every=self.config.training.evaluate_every_steps,
+            save=self._save,
+            save_every=self.config.checkpoint.every_steps,
+            last_saved=self.checkpoints.newest,
+            peak_memory=self.memory.peak,
+        )
+
+    def _log(self, record: Record, sinks: list[Sink]) -> None:
+        self.run.append_metrics(record)
+        for sink in sinks:
+            sink.write(record)
+
+    def evaluate(self) -> float:
+        """Validation loss of the weights as they are."""
+        assert self.validation_set is not None
+        result = evaluate_loss(
+            self.model,
+            self.validation_set,
+            batch_size=self.micro_batch_size,
+            device=self.place.device,
+            precision=self.config.training.precision,
+            max_tokens=self.config.training.evaluate_max_tokens,
+        )
+        return result.loss
+
+    def _save(self, state: TrainingState) -> None:
+        # The member first: a checkpoint at a step says that the step's member is there.
+        self.averages.add(self.model, step=state.step)
+        self.checkpoints.save(self.model, self.optimizer, state)
+
+    def finish(self) -> None:
+        """Average, export, and write what was spent."""
+        averaged = None
+        if self._average_steps():
+            self.averages.load_mean(self.model)
+            averaged = None if self.validation_set is None else self.evaluate()
+        export(self.model, self.corpus, self.run.path / "model")
+        cost = estimated_cost(self.profile, seconds=self.state.seconds)
+        spent = Compute(
+            tokens=self.state.tokens,
+            flops=self.state.flops,
+            seconds=self.state.seconds,
+            joules=cost.joules,
+        )
+        parents = {"data": self.corpus.hash, **self.origin.parents}
+        self.run.write_lineage(
+            Lineage(parents=parents, spent=spent, inherited=self.origin.inherited)
+        )
+        write_json(self.run.path / "summary.json", self._summary(averaged))
+
+    def _summary(self, averaged: float | None) -> dict[str, Any]:
+        state, costs, parameters = self.state, self._costs(), self.budget.parameters
+        cost = estimated_cost(self.profile, seconds=state.seconds)
+        speed = state.tokens / state.seconds
+        assert costs.peak_flops is not None
+        return {
+            "schema": 1,
+            "parameters": parameters.total,
+            "embedding_parameters": parameters.embedding,
+            "flops_per_token": costs.flops_per_token,
+            "steps": state.step,
+            "tokens": state.tokens,
+            "flops": state.flops,
+            "seconds": state.seconds,
+            "tokens_per_second": speed,
+            "peak_memory_bytes": state.peak_memory_bytes,
+            "mfu": speed * costs.useful_flops_per_token / costs.peak_flops,
+            "train_loss": state.train_loss,
+            "validation_loss": state.validation_loss if averaged is None else averaged,
+            "validation_loss_last": state.validation_loss,
+            "validation_loss_averaged": averaged,
+            "averaged_steps": list(self._average_steps()),
+            "energy_kwh": cost.energy_kwh,
+            "cost": cost.money,
+            "currency": cost.currency,
+            "device": self.place.device.type,
+            "device_profile": self.profile.name,
+            "corpus_hash": self.corpus.hash,
+            "weights_hash": weights_hash(self.run.path / "model"),
+            "design": self.origin.design.model_dump(mode="json"),
+        }
+
+
+def export(model: SamaraForCausalLM, corpus: PreparedCorpus, folder: Path) -> None:
+    """Write a Hugging Face folder with its tokenizer, complete or absent.
+
+    Raises:
+        ResourceError: If the disk is full.
+    """
+    with new_folder(folder) as staging:
+        with disk_errors():
+            save_model(model, staging)
+        for name in FOLDER_FILES:
+            if (corpus.tokenizer_folder / name).exists():
+                shutil.copyfile(corpus.tokenizer_folder / name, staging / name)
+
+
+def _progress(
+    line: ProgressLine, start: TrainingState
+) -> Callable[[TrainingState, float, Update], None]:
+    """Show loss, speed since the start of this process, and learning rate."""
+    tokens, seconds = start.tokens, start.seconds
+
+    def show(state: TrainingState, lr: float, update: Update) -> None:
+        passed = state.seconds - seconds
+        speed = f"{(state.tokens - tokens) / passed:,.0f}" if passed > 0 else "…"
+        line.update(state.tokens, loss=f"{update.nll:.3f}", lr=f"{lr:.2e}", **{"tok/s": speed})
+
+    return show
