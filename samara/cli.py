@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 import typer.core
@@ -91,13 +91,59 @@ def pretrain(
 
 @app.command()
 def evaluate(
-    recipe: RecipeArgument, overrides: Overrides = None, out: Out = None, dry_run: DryRun = False
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            help="A recipe with settings, or one or two model folders.", metavar="TARGET..."
+        ),
+    ],
+    suite: Annotated[str | None, typer.Option(help="openelm-zero-shot, openllm or llm360.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="A standard task, a task file, or a data file.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the standard tasks' files.")] = None,
+    paired: Annotated[
+        bool,
+        typer.Option("--paired", help="Say whether the second model is better, and by how much."),
+    ] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows per task.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Solved examples.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    out: Out = None,
+    dry_run: DryRun = False,
 ) -> None:
-    """Score models on held-out text: loss, perplexity, bits per byte, with intervals.
+    """Score models: held-out loss by a recipe, or suites and local tasks by name.
 
-    Example: samara evaluate my-evaluation.yaml split=test
+    Example: samara evaluate runs/a runs/b --suite openelm-zero-shot --data qa --paired
     """
-    _work(recipe, overrides, out, verb="evaluate", dry_run=dry_run)
+    if targets[0].endswith((".yaml", ".yml")):
+        _work(Path(targets[0]), targets[1:], out, verb="evaluate", dry_run=dry_run)
+        return
+    if paired and len(targets) != 2:
+        raise ConfigError(f"--paired: compares two models, {len(targets)} given")
+    from samara.measure.paired import paired_report, paired_table
+    from samara.measure.task_evaluation import evaluate_tasks
+    from samara.measure.task_results import task_table
+    from samara.runs import write_json
+
+    base = out or Path("runs") / "evaluation"
+    folders = [base / f"{number}-{Path(t).name}" for number, t in enumerate(targets)]
+    for target, folder in zip(targets, folders, strict=True):
+        result = evaluate_tasks(
+            Path(target),
+            out=folder,
+            tasks=task or (),
+            suite=suite,
+            data_dir=data,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            batch_size=batch_size,
+        )
+        typer.echo(task_table(result))
+    if paired:
+        comparison = paired_report(*folders)
+        write_json(base / "paired.json", comparison)
+        typer.echo(paired_table(comparison))
 
 
 @app.command()
@@ -128,6 +174,63 @@ def design(
 
     data = design_data(design_inputs(recipes), device=device)
     typer.echo(json.dumps(data, indent=2) if as_json else design_text(data))
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(help="A model folder, a run folder, or a llama2.c file.")
+    ],
+    target: Annotated[Path, typer.Argument(help="The folder to write; must not exist.")],
+    to: Annotated[
+        Literal["samara", "openelm", "llama", "gguf"], typer.Option(help="What to write.")
+    ],
+    source_format: Annotated[
+        Literal["auto", "samara", "openelm", "llama", "llama2c"],
+        typer.Option("--from", help="What the source is."),
+    ] = "auto",
+    dtype: Annotated[
+        Literal["keep", "float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")
+    ] = "keep",
+    max_shard_size: Annotated[str, typer.Option(help="Largest weights file.")] = "5GB",
+    license_: Annotated[str | None, typer.Option("--license", help="For the model card.")] = None,
+) -> None:
+    """Rewrite a model for another runtime; tokenizer, template and model card travel along.
+
+    Example: samara convert runs/own-text model.gguf --to gguf
+    """
+    from samara.model.interchange.convert import convert as convert_model
+
+    result = convert_model(
+        source,
+        target,
+        to=to,
+        source_format=source_format,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        license=license_,
+    )
+    typer.echo(
+        f"{result.source_format} -> {result.target_format}: {result.num_parameters:,} parameters "
+        f"in {result.folder}"
+    )
+    for note in result.notes:
+        typer.echo(f"note: {note}")
+
+
+@app.command()
+def average(
+    checkpoints: Annotated[list[Path], typer.Argument(help="Two or more model folders.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; must not exist.")],
+) -> None:
+    """Average the weights of checkpoints of one model, as OpenELM does with its last five.
+
+    Example: samara average step-100 step-200 step-300 --out mean
+    """
+    from samara.model.interchange.average import average as average_models
+
+    result = average_models(checkpoints, out)
+    typer.echo(f"mean of {result.num_models} models in {result.folder}")
 
 
 @app.command()

@@ -7,11 +7,14 @@ is compared with the model first, from the file's header.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers.utils import logging
 
 from samara.errors import CheckpointError, ConfigError
 from samara.model.configuration import SamaraConfig
@@ -36,9 +39,10 @@ def load_model(
     folder = Path(folder)
     config = _read_config(folder)
     _compare(folder, found=_tensor_shapes(folder), expected=_expected_shapes(config))
-    model: SamaraForCausalLM = SamaraForCausalLM.from_pretrained(
-        folder, config=config, dtype=dtype or "auto", local_files_only=True
-    )
+    with _no_progress_bars():
+        model: SamaraForCausalLM = SamaraForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype or "auto", local_files_only=True
+        )
     if device is not None:
         model.to(torch.device(device))  # type: ignore[arg-type] # a wrapper hides the signature
     return model
@@ -46,7 +50,20 @@ def load_model(
 
 def save_model(model: SamaraForCausalLM, folder: Path) -> None:
     """Write ``config.json``, ``generation_config.json`` and ``model.safetensors`` to ``folder``."""
-    model.save_pretrained(folder)
+    with _no_progress_bars():
+        model.save_pretrained(folder)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Transformers draws bars on the terminal, across Samara's own progress line."""
+    were_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if were_enabled:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _read_config(folder: Path) -> SamaraConfig:

@@ -84,27 +84,28 @@ class SamaraPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     def _init_weights(self, module: nn.Module) -> None:
         """Draw the weights of one module; transformers calls it children first.
 
-        OpenELM: linears N(0, 1 / sqrt(fan_in)), embedding N(0, 1 / sqrt(d)), then o_proj and
-        down_proj again with 1 / sqrt(2 N d). Low-rank factors: CoLA's, whatever the kind.
+        OpenELM: linears N(0, 1 / sqrt(fan_in)), embedding N(0, 1 / sqrt(d)), o_proj and down_proj
+        N(0, 1 / sqrt(2 N d)). Low-rank factors: CoLA's, whatever the kind.
         """
-        openelm, d = self.config.initializer == "openelm", self.config.hidden_size
         match module:
             case RMSNorm():
                 init.ones_(module.weight)
             case LowRankLinear():
                 init.normal_(module.cola_a, std=module.init_std)
                 init.normal_(module.cola_b, std=module.init_std)
-            case nn.Linear():
-                std = module.in_features**-0.5 if openelm else self.config.initializer_range
-                init.normal_(module.weight, std=std)
-            case nn.Embedding():
-                init.normal_(
-                    module.weight, std=d**-0.5 if openelm else self.config.initializer_range
-                )
-            case Attention() | FeedForward() if openelm:
-                last = module.o_proj if isinstance(module, Attention) else module.down_proj
-                if isinstance(last, nn.Linear):
-                    init.normal_(last.weight, std=(2 * self.config.num_hidden_layers * d) ** -0.5)
+            case nn.Linear() | nn.Embedding():
+                init.normal_(module.weight, std=self._init_std(module))
+
+    def _init_std(self, module: nn.Linear | nn.Embedding) -> float:
+        if self.config.initializer == "normal":
+            return self.config.initializer_range
+        d = self.config.hidden_size
+        if isinstance(module, nn.Embedding):
+            return float(d**-0.5)
+        layers = (layer for layer in self.modules() if isinstance(layer, DecoderLayer))
+        if any(module in (layer.self_attn.o_proj, layer.mlp.down_proj) for layer in layers):
+            return float((2 * self.config.num_hidden_layers * d) ** -0.5)
+        return float(module.in_features**-0.5)
 
     def _set_gradient_checkpointing(
         self,

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import distributed
@@ -67,7 +68,9 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def compile_model(model: PreTrainedModel, *, backend: str = "inductor") -> None:
+def compile_model(
+    model: PreTrainedModel, *, backend: str | Callable[..., Any] = "inductor"
+) -> None:
     """Compile the decoder in place; names, state and saving stay as they are.
 
     The whole decoder is one graph: with layer-wise widths every layer has other shapes, and
@@ -83,3 +86,12 @@ def compile_model(model: PreTrainedModel, *, backend: str = "inductor") -> None:
             "or set training.compile=false"
         )
     model.base_model.compile(backend=backend)
+
+
+def eager() -> AbstractContextManager[object]:
+    """Run compiled models uncompiled inside: evaluation is not worth a graph of its own.
+
+    On CUDA (torch 2.11) the graph that would be compiled for it, without gradients, also fails in
+    attention with a packed mask.
+    """
+    return torch.compiler.set_stance("force_eager")

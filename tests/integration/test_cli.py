@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 
 from samara import catalog
+from samara.cli import main
+from samara.errors import ConfigError
 
 RECIPE = """\
 schema: 1
@@ -20,12 +23,44 @@ pretrain:
   training: {max_steps: 10, batch_size: 4, device: cpu}
 """
 
-VERBS = ["run", "prepare", "pretrain", "evaluate", "report", "design", "generate", "check"]
+VERBS = [
+    "run",
+    "prepare",
+    "pretrain",
+    "evaluate",
+    "report",
+    "design",
+    "convert",
+    "average",
+    "generate",
+    "check",
+]
 
 
-def samara(*arguments: str, cwd=None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "samara", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def samara(monkeypatch, capsys, tmp_path):
+    """Run the command as its entry point does, in this process and a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["samara", *arguments])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as leave:
+            code = int(leave.code or 0)
+        out, err = capsys.readouterr()
+        return Done(returncode=code, stdout=out, stderr=err)
+
+    return run
 
 
 @pytest.fixture
@@ -50,13 +85,13 @@ def test_help_imports_neither_torch_nor_transformers():
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_help_with_an_example(verb):
+def test_every_verb_has_help_with_an_example(samara, verb):
     done = samara(verb, "--help")
     assert done.returncode == 0
     assert f"Example: samara {verb}" in done.stdout
 
 
-def test_check_prints_a_recipe_that_checks_again(recipe, tmp_path):
+def test_check_prints_a_recipe_that_checks_again(samara, recipe, tmp_path):
     first = samara("check", str(recipe), "optimizer.lr=5e-4")
     assert first.returncode == 0, first.stderr
     assert "lr: 0.0005" in first.stdout
@@ -66,14 +101,14 @@ def test_check_prints_a_recipe_that_checks_again(recipe, tmp_path):
     assert samara("check", str(again)).stdout == first.stdout
 
 
-def test_check_prints_the_json_schema_with_descriptions():
+def test_check_prints_the_json_schema_with_descriptions(samara):
     schema = json.loads(samara("check", "--schema").stdout)
     assert schema["properties"]["pretrain"]
     optimizer = schema["$defs"]["AdamW"]["properties"]["lr"]
     assert optimizer["description"] == "Peak learning rate."
 
 
-def test_check_lists_the_techniques_with_papers_and_modules():
+def test_check_lists_the_techniques_with_papers_and_modules(samara):
     done = samara("check", "--list")
     for item in catalog.TECHNIQUES:
         assert item.module in done.stdout
@@ -88,28 +123,38 @@ def test_check_lists_the_techniques_with_papers_and_modules():
         (["check"], "samara: check: give a recipe, --schema, or --list"),
         (["check", "{}", "optimizer.lrr=1"], "samara: pretrain.optimizer.lrr: unknown key"),
         (["check", "{}", "optimizer.lr=fast"], "samara: pretrain.optimizer.lr: input should be"),
-        (["check", "{}", "optimizer"], "samara: optimizer: an override is written key=value"),
+        (["check", "{}", "name"], "samara: name: an override is written key=value"),
         (["evaluate", "{}"], "samara: {}: is a recipe of `pretrain`; use `samara pretrain {}`"),
         (["run", "{}", "--stage", "x"], "samara: --stage x: no such stage"),
         (["pretrain", "{}"], "samara: nowhere"),
         (["generate", "nowhere", "Hello"], "samara: nowhere"),
+        (["convert", "nowhere", "x", "--to", "llama"], "samara: nowhere"),
+        (["average", "nowhere", "here", "--out", "x"], "samara: nowhere"),
+        (["evaluate", "nowhere", "--paired"], "samara: --paired: compares two models, 1 given"),
+        (["evaluate", "nowhere", "--suite", "openelm"], "samara: "),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_status_2(recipe, tmp_path, arguments, message):
-    done = samara(*(a.format(recipe) for a in arguments), cwd=tmp_path)
+def test_a_mistake_is_one_line_and_exit_status_2(samara, recipe, arguments, message):
+    done = samara(*(a.format(recipe) for a in arguments))
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith(message.format(recipe, recipe)), done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert "Traceback" not in done.stderr
 
 
-def test_debug_shows_the_traceback(tmp_path):
-    done = samara("check", "nope.yaml", "--debug", cwd=tmp_path)
-    assert done.returncode != 0
-    assert "Traceback" in done.stderr
+def test_debug_shows_the_traceback(samara):
+    with pytest.raises(ConfigError, match="no such file"):
+        samara("check", "nope.yaml", "--debug")
 
 
-def test_an_unknown_verb_names_the_nearest():
+def test_the_module_is_the_command(tmp_path):
+    command = [sys.executable, "-m", "samara", "check", "nope.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "samara: nope.yaml: no such file; give the path of a recipe\n"
+
+
+def test_an_unknown_verb_names_the_nearest(samara):
     done = samara("pretrian", "x.yaml")
     assert done.returncode == 2
     assert "pretrain" in done.stderr

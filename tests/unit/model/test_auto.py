@@ -36,37 +36,35 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_import_loads_neither_torch_nor_transformers() -> None:
-    code = "import samara, sys; print([m for m in ('torch', 'transformers', 'pydantic') if m in sys.modules])"
-    assert run(code) == "[]"
+def test_samara_first_and_nothing_before_its_time(folder: Path) -> None:
+    code = """
+import sys, samara
+print([name for name in ("torch", "transformers", "pydantic") if name in sys.modules])
+from transformers import AutoConfig
+config = AutoConfig.from_pretrained(sys.argv[1])
+print(type(config).__name__, "samara.model.modeling" in sys.modules)
+from transformers.modeling_utils import PreTrainedModel  # loads Auto's tables half way through
+from transformers import AutoModelForCausalLM
+print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)
+"""
+    assert run(code, str(folder)).splitlines() == ["[]", "SamaraConfig False", "SamaraForCausalLM"]
 
 
-LOAD = "print(type(A.from_pretrained(sys.argv[1])).__name__, 'torch' in sys.modules)"
-ORDERS = {
-    "samara-first": "import sys, samara; from transformers import AutoModelForCausalLM as A; ",
-    "transformers-first": "import sys; from transformers import AutoModelForCausalLM as A; import samara; ",
-    "class-first": (
-        "import sys; from samara.model.modeling import SamaraForCausalLM; "
-        "from transformers import AutoModelForCausalLM as A; "
-    ),
-    "base-class-between": (
-        "import sys, samara; from transformers.modeling_utils import PreTrainedModel; "
-        "from transformers import AutoModelForCausalLM as A; "
-    ),
-}
-
-
-@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
-def test_auto_model_in_any_import_order(order: str, folder: Path) -> None:
-    assert run(order + LOAD, str(folder)) == "SamaraForCausalLM True"
-
-
-def test_auto_config_alone_builds_no_model(folder: Path) -> None:
-    code = (
-        "import sys, samara; from transformers import AutoConfig as A; "
-        "print(type(A.from_pretrained(sys.argv[1])).__name__, 'samara.model.modeling' in sys.modules)"
-    )
-    assert run(code, str(folder)) == "SamaraConfig False"
+@pytest.mark.parametrize(
+    "first",
+    [
+        "from transformers import AutoModelForCausalLM; import samara",
+        "from samara.model.modeling import SamaraForCausalLM",
+    ],
+)
+def test_other_import_orders(first: str, folder: Path) -> None:
+    code = f"""
+import sys
+{first}
+from transformers import AutoModelForCausalLM
+print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)
+"""
+    assert run(code, str(folder)) == "SamaraForCausalLM"
 
 
 def test_public_names() -> None:

@@ -1,4 +1,4 @@
-"""How weights start: OpenELM's rule, the normal rule, CoLA's factors; always the same for a seed."""
+"""How weights start: OpenELM's rule, the normal rule, CoLA's factors; one seed, one result."""
 
 from __future__ import annotations
 

@@ -2,16 +2,18 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from samara.data.tokens import Batch
 from samara.errors import ResourceError
 from samara.model.modeling import SamaraForCausalLM
 from samara.train.checkpoint import named_weights
 from samara.train.objective import CausalLM
-from samara.train.parallel import autocast, choose_place, compile_model
+from samara.train.parallel import autocast, choose_place, compile_model, eager
 
 MakeModel = Callable[..., SamaraForCausalLM]
 MakeBatches = Callable[..., list[list[Batch]]]
@@ -58,6 +60,25 @@ def test_compiled_model_keeps_names_and_loss(
     torch.testing.assert_close(found.loss, expected.loss)
     assert named_weights(compiled).keys() == named_weights(plain).keys()
     assert all(p.grad is not None for p in compiled.parameters())
+
+
+def test_evaluation_compiles_nothing(make_model: MakeModel, make_batches: MakeBatches) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    model = make_model()
+    compile_model(model, backend=backend)
+    batch = make_batches(1)[0][0]
+
+    with eager(), torch.no_grad():
+        CausalLM()(model, batch)
+    assert graphs == []
+
+    CausalLM()(model, batch)
+    assert graphs != []
 
 
 def test_compiling_needs_a_compiler(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
