@@ -184,7 +184,7 @@ def design_text(data: Mapping[str, Any]) -> str:
         console.print(_layer_table(design))
     output = console.file
     assert isinstance(output, io.StringIO)
-    return output.getvalue().rstrip()
+    return "\n".join(line.rstrip() for line in output.getvalue().splitlines()).strip("\n")
 
 
 ROWS: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
@@ -205,7 +205,7 @@ ROWS: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
     ("estimated tokens/s", lambda d: f"{d['estimate']['tokens_per_second']:,.0f}"),
     ("estimated time", lambda d: _time(d["estimate"]["seconds"])),
     ("estimated energy", lambda d: f"{d['estimate']['energy_kwh']:,.4g} kWh"),
-    ("estimated cost", lambda d: f"{d['estimate']['cost']:,.2f} {d['estimate']['currency']}"),
+    ("estimated cost", lambda d: _money(d["estimate"])),
 )
 
 
@@ -270,6 +270,11 @@ def _si(value: float, unit: str) -> str:
             return f"{value:.3g} {prefix}{unit}".rstrip()
         value /= 1000
     return f"{value:,.3g} Z{unit}"
+
+
+def _money(estimate: Mapping[str, Any]) -> str:
+    amount = f"{estimate['cost']:,.2f}" if estimate["cost"] >= 1 else f"{estimate['cost']:.2g}"
+    return f"{amount} {estimate['currency']}"
 
 
 def _time(seconds: float) -> str:

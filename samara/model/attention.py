@@ -45,6 +45,12 @@ def attend(q_bhte: Tensor, k_bgse: Tensor, v_bgse: Tensor, *, mask: AttentionMas
         and k_bgse.shape[2] <= MAX_KEYS_BY_PRODUCTS
     ):
         return _attend_by_products(q_bhte, k_bgse, v_bgse, mask=mask)
+    if grouped and mask is not None and q_bhte.is_cuda:
+        # The CUDA kernels that take a mask take no groups; the fallback that takes both keeps
+        # every score.
+        group_size = q_bhte.shape[1] // k_bgse.shape[1]
+        k_bgse, v_bgse = (x.repeat_interleave(group_size, dim=1) for x in (k_bgse, v_bgse))
+        grouped = False
     return functional.scaled_dot_product_attention(
         q_bhte, k_bgse, v_bgse, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
     )

@@ -167,16 +167,17 @@ class SamaraModel(SamaraPreTrainedModel):  # type: ignore[no-untyped-call]
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         context = self._context(x_btd, attention_mask, position_ids, past_key_values)
-        states: list[Any] = []
-        for layer in self.layers:
-            states.append(x_btd)
-            x_btd = layer(x_btd, context)
-        last: Any = self.norm(x_btd)
         wants_states = (
             self.config.output_hidden_states
             if output_hidden_states is None
             else output_hidden_states
         )
+        states: list[Any] = []
+        for layer in self.layers:
+            if wants_states:
+                states.append(x_btd)
+            x_btd = layer(x_btd, context)
+        last: Any = self.norm(x_btd)
         return BaseModelOutputWithPast(
             last_hidden_state=last,
             past_key_values=past_key_values,

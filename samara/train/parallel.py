@@ -94,4 +94,5 @@ def eager() -> AbstractContextManager[object]:
     On CUDA (torch 2.11) the graph that would be compiled for it, without gradients, also fails in
     attention with a packed mask.
     """
-    return torch.compiler.set_stance("force_eager")
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance

@@ -1,0 +1,212 @@
+"""Predicted against measured memory of training.
+
+    python benchmarks/memory.py                  # three shapes and more on this machine's CPU
+    python benchmarks/memory.py --device cuda    # the same on a GPU
+    python benchmarks/memory.py --json           # with commit and machine
+
+Every case trains in a process of its own, through the real loop, three optimizer steps. On CUDA
+the measured figure is the peak of allocated tensor bytes. On CPU it is the peak of resident memory
+above that of the process when all is loaded and a tiny model has trained once, measured twice:
+
+* ``measured``: glibc gives freed blocks back to the system (``MALLOC_MMAP_THRESHOLD_``), so that
+  resident memory is what tensors take; this is what :mod:`samara.measure.memory` predicts;
+* ``default heap``: glibc as it comes. Its heap keeps freed blocks that the fragments between them
+  make useless for the next tensor, so a process takes more, and not the same in every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 3
+MMAP_THRESHOLD = "131072"
+
+UNIFORM = {
+    "hidden_size": 256,
+    "num_hidden_layers": 8,
+    "head_dim": 32,
+    "gqa_group_size": 2,
+    "ffn_dim": 640,
+    "vocab_size": 4096,
+}
+LLAMA = {
+    "hidden_size": 512,
+    "num_hidden_layers": 6,
+    "ffn_dim": 1376,
+    "vocab_size": 8192,
+    "qk_norm": False,
+    "tie_word_embeddings": False,
+}
+COLA = {**LLAMA, "cola": {"rank": 128, "activation": "both"}}
+LAYER_WISE = {
+    "hidden_size": 320,
+    "num_hidden_layers": 8,
+    "head_dim": 32,
+    "gqa_group_size": 2,
+    "ffn_dim_divisor": 32,
+    "layerwise_scaling": {"alpha": [0.5, 1.0], "beta": [0.5, 4.0]},
+    "vocab_size": 16384,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One training set-up."""
+
+    name: str
+    design: dict[str, Any]
+    micro_batch_size: int = 8
+    sequence_length: int = 256
+    precision: str = "float32"
+    optimizer: str = "adamw"
+    activation_checkpointing: str = "none"
+    micro_batches: int = 1
+    z_loss: float = 0.0
+
+
+CASES = (
+    Case(name="uniform", design=UNIFORM),
+    Case(name="llama", design=LLAMA),
+    Case(name="cola", design=COLA),
+    Case(name="uniform bf16", design=UNIFORM, precision="bfloat16", micro_batches=2, z_loss=1e-4),
+    Case(name="layer-wise bf16", design=LAYER_WISE, precision="bfloat16"),
+    Case(name="llama checkpointed", design=LLAMA, activation_checkpointing="layer"),
+    Case(name="cola CoLA-M", design=COLA, activation_checkpointing="cola_m"),
+    Case(
+        name="llama Muon, long rows",
+        design=LLAMA,
+        optimizer="muon",
+        micro_batch_size=1,
+        sequence_length=1024,
+    ),
+)
+
+
+def train_case(case: Case, device: str, design: dict[str, Any], *, steps: int) -> None:
+    """Train a design on random tokens, through the real loop."""
+    import torch
+
+    from samara.model.config import ModelConfig
+    from samara.model.configuration import SamaraConfig
+    from samara.model.modeling import SamaraForCausalLM, set_activation_checkpointing
+    from samara.train.checkpoint import TrainingState
+    from samara.train.config import AdamW, Muon
+    from samara.train.loop import train
+    from samara.train.objective import CausalLM
+    from samara.train.optim import Optimizer
+
+    torch.manual_seed(0)
+    model = SamaraForCausalLM(SamaraConfig.from_design(ModelConfig.model_validate(design)))
+    model.to(device)
+    set_activation_checkpointing(model, case.activation_checkpointing)
+    optimizer = AdamW(lr=1e-3) if case.optimizer == "adamw" else Muon(lr=1e-3)
+    shape = (case.micro_batch_size, case.sequence_length)
+    ids = torch.randint(0, design["vocab_size"], shape)
+    # Documents of 100 tokens: attention gets the mask of packed rows.
+    positions = torch.arange(case.sequence_length).remainder(100).expand(shape).contiguous()
+    batch = {
+        "input_ids": ids,
+        "targets": ids.roll(-1, dims=1),
+        "position_ids": positions,
+        "document_ids": torch.zeros(shape, dtype=torch.int64),
+    }
+    train(
+        model,
+        objective=CausalLM(z_loss=case.z_loss),
+        optimizer=Optimizer(model, optimizer),
+        learning_rate=lambda _: 1e-3,
+        batches=[[batch] * case.micro_batches] * steps,
+        state=TrainingState(),
+        num_steps=steps,
+        precision=case.precision,
+        clip_grad_norm=1.0,
+    )
+
+
+def measure(case: Case, device: str) -> int:
+    """Peak bytes of a case; runs in a process of its own."""
+    import torch
+
+    from samara.train.memory import PeakMemory
+
+    tiny = {"hidden_size": 32, "num_hidden_layers": 2, "head_dim": 16, "vocab_size": 64}
+    if case.activation_checkpointing == "cola_m":
+        tiny["cola"] = {"rank": 8}
+    train_case(case, device, tiny, steps=1)
+    peak = PeakMemory(torch.device(device))
+    train_case(case, device, case.design, steps=STEPS)
+    return peak.peak()
+
+
+def predict(case: Case, device: str) -> int:
+    """Peak bytes of a case, in closed form."""
+    from samara.measure.memory import training_memory
+    from samara.model.config import ModelConfig
+
+    return training_memory(
+        ModelConfig.model_validate(case.design),
+        micro_batch_size=case.micro_batch_size,
+        sequence_length=case.sequence_length,
+        precision=case.precision,
+        optimizer=case.optimizer,
+        activation_checkpointing=case.activation_checkpointing,
+        accumulates=case.micro_batches > 1,
+        z_loss=case.z_loss > 0,
+        device=device,
+    ).total
+
+
+def in_fresh_process(index: int, device: str, **environment: str) -> int:
+    """Measure one case where nothing ran before."""
+    command = [sys.executable, __file__, "--device", device, "--case", str(index)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, **environment}
+    )
+    return int(done.stdout)
+
+
+def main() -> None:
+    """Print a line per case, or all of it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--json", action="store_true", help="print JSON, with commit and machine")
+    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case is not None:
+        print(measure(CASES[arguments.case], arguments.device))
+        return
+    rows = []
+    for index, case in enumerate(CASES):
+        row = {**asdict(case), "predicted": predict(case, arguments.device)}
+        if arguments.device == "cpu":
+            row["measured"] = in_fresh_process(index, "cpu", MALLOC_MMAP_THRESHOLD_=MMAP_THRESHOLD)
+            row["default_heap"] = in_fresh_process(index, "cpu")
+        else:
+            row["measured"] = in_fresh_process(index, "cuda")
+        rows.append(row)
+        if not arguments.json:
+            heap = (
+                f"  default heap {row['default_heap'] / 1e6:7.0f}" if "default_heap" in row else ""
+            )
+            error = row["predicted"] / row["measured"] - 1
+            print(
+                f"{case.name:24} predicted {row['predicted'] / 1e6:7.0f} MB  "
+                f"measured {row['measured'] / 1e6:7.0f} MB  {error:+6.1%}{heap}",
+                flush=True,
+            )
+    if arguments.json:
+        from samara.runs import environment
+
+        print(json.dumps({"environment": environment(), "cases": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
