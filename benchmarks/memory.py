@@ -159,7 +159,6 @@ def predict(case: Case, device: str) -> int:
         optimizer=case.optimizer,
         activation_checkpointing=case.activation_checkpointing,
         accumulates=case.micro_batches > 1,
-        z_loss=case.z_loss > 0,
         device=device,
     ).total
 

@@ -67,7 +67,7 @@ def measure(options: argparse.Namespace, design: str, mode: Any) -> dict[str, fl
         with torch.autocast(device.type, torch.bfloat16):
             hidden = body(input_ids=ids, position_ids=positions).last_hidden_state
             result = linear_cross_entropy(hidden, model.lm_head.weight, ids)
-        (result.nll_sum / result.num_targets).backward()
+        (result.loss_sum / result.num_targets).backward()
         model.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()

@@ -56,7 +56,6 @@ def _design_input(name: str, config: PretrainConfig, recipe: Recipe) -> DesignIn
         precision=training.precision,
         optimizer=config.optimizer.kind,
         activation_checkpointing=training.activation_checkpointing,
-        z_loss=training.z_loss > 0,
         device_profile=config.logging.device_profile,
     )
 

@@ -44,7 +44,6 @@ class DesignInput:
         precision: ``bfloat16``: autocast over float32 weights.
         optimizer: ``adamw`` or ``muon``.
         activation_checkpointing: What layers keep for backward.
-        z_loss: Whether z-loss is on.
         device_profile: Where the recipe means to run; ``auto``: this machine.
     """
 
@@ -57,7 +56,6 @@ class DesignInput:
     precision: Precision = "bfloat16"
     optimizer: OptimizerKind = "adamw"
     activation_checkpointing: Checkpointing = "none"
-    z_loss: bool = False
     device_profile: str = "auto"
 
 
@@ -99,7 +97,6 @@ def _design(item: DesignInput, device: str, utilization: float) -> dict[str, Any
         optimizer=item.optimizer,
         activation_checkpointing=item.activation_checkpointing,
         accumulates=item.micro_batch_size < item.batch_size,
-        z_loss=item.z_loss,
         device="cuda" if profile.cuda_names else "cpu",
     )
     return {

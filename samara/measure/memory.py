@@ -65,7 +65,6 @@ def training_memory(
     optimizer: OptimizerKind,
     activation_checkpointing: Checkpointing,
     accumulates: bool = False,
-    z_loss: bool = False,
     device: DeviceKind = "cpu",
 ) -> Memory:
     """Estimate the memory of training a design.
@@ -78,7 +77,6 @@ def training_memory(
         optimizer: ``adamw`` keeps two moments of everything, ``muon`` one of the hidden matrices.
         activation_checkpointing: What layers keep for backward.
         accumulates: Whether a step has several micro-batches; gradients then wait in memory.
-        z_loss: Whether z-loss is on; its gradients are kept apart.
         device: Decides the kernels, and with them what they keep.
     """
     costs = budget(design)
@@ -96,7 +94,6 @@ def training_memory(
         shape=shape,
         fixed=weights + _optimizer_state(costs, optimizer),
         accumulates=accumulates,
-        gradient_sets=2 if z_loss else 1,
         chunk_elements=CHUNK_ELEMENTS[device],
     )
     return Memory(
@@ -226,7 +223,6 @@ class _Step:
     shape: _Shape
     fixed: int
     accumulates: bool
-    gradient_sets: int
     chunk_elements: int
 
     @property
@@ -254,7 +250,7 @@ class _Step:
     @property
     def taken_ahead(self) -> int:
         """Gradients that the cross-entropy takes in its forward pass."""
-        return self.gradient_sets * (self.stream + self.vocabulary)
+        return self.stream + self.vocabulary
 
     @property
     def activations(self) -> int:
@@ -281,8 +277,9 @@ class _Step:
         costs, shape = self.costs, self.shape
         left = self.activations
         arrived = self.gradients
-        # The scaled copies of the gradients taken ahead; the taken ones stay until the loss goes.
+        # The gradients taken ahead and their scaled copies; then the taken ones go.
         peak = left + arrived + self.stream + self.vocabulary
+        left -= self.taken_ahead
         # Tied, the head's gradient waits for the embedding's; untied, it is there for good.
         waiting = self.vocabulary
         for layer in reversed(costs.layers):

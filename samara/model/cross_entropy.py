@@ -26,11 +26,13 @@ class CrossEntropy:
     """Sums over the counted targets; divide by ``num_targets``, over all batches, for means.
 
     Attributes:
-        nll_sum: Summed negative log-likelihood in nats, a scalar; differentiable.
-        z_sum: Summed squared log-partition, a scalar; differentiable; 0 without z-loss.
+        loss_sum: ``nll_sum + z_loss * z_sum``, a scalar; the one that is differentiable.
+        nll_sum: Summed negative log-likelihood in nats, a scalar.
+        z_sum: Summed squared log-partition, a scalar; 0 without z-loss.
         num_targets: Targets counted, an int64 scalar.
     """
 
+    loss_sum: Tensor
     nll_sum: Tensor
     z_sum: Tensor
     num_targets: Tensor
@@ -47,15 +49,16 @@ def linear_cross_entropy(
         hidden_btd: Hidden states (b, t, d).
         weight_vd: Output matrix (v, d).
         targets_bt: Token after each position (b, t), int64; -100 is not counted.
-        z_loss: Weight that the caller will give ``z_sum``; 0 saves its computation.
+        z_loss: Weight of the squared log-partition (PaLM, arXiv 2204.02311, section 5).
     """
     rows = hidden_btd.flatten(0, -2)
     targets = targets_bt.flatten()
     differentiate = torch.is_grad_enabled() and (rows.requires_grad or weight_vd.requires_grad)
-    nll_sum, z_sum = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        rows, weight_vd, targets, z_loss != 0.0, differentiate
+    loss_sum, nll_sum, z_sum = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        rows, weight_vd, targets, z_loss, differentiate
     )
-    return CrossEntropy(nll_sum=nll_sum, z_sum=z_sum, num_targets=(targets != IGNORE_INDEX).sum())
+    num_targets = (targets != IGNORE_INDEX).sum()
+    return CrossEntropy(loss_sum=loss_sum, nll_sum=nll_sum, z_sum=z_sum, num_targets=num_targets)
 
 
 @torch.no_grad()
@@ -100,7 +103,7 @@ def _log_probabilities(rows: Tensor, weight: Tensor, targets: Tensor) -> _Chunk:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Both sums, with the gradients of each computed in forward and scaled in backward."""
+    """The sums, with the gradient of the loss computed in forward and scaled in backward."""
 
     @staticmethod
     def forward(
@@ -108,67 +111,56 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows: Tensor,
         weight_vd: Tensor,
         targets: Tensor,
-        with_z: bool,
+        z_loss: float,
         differentiate: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = _product_dtype(rows)
         exact = torch.float64 if dtype == torch.float64 else torch.float32
         weight = weight_vd.to(dtype)
         nll_sum = torch.zeros((), dtype=exact, device=rows.device)
         z_sum = torch.zeros_like(nll_sum)
-        nll_grads = _Gradients.zeros(rows, weight_vd, exact) if differentiate else None
-        z_grads = _Gradients.zeros(rows, weight_vd, exact) if differentiate and with_z else None
+        if differentiate:
+            d_rows = torch.empty_like(rows, dtype=exact)
+            d_weight = torch.zeros_like(weight_vd, dtype=exact)
         with torch.autocast(rows.device.type, enabled=False):
             for span in _spans(rows, weight):
                 chunk_rows = rows[span].to(dtype)
                 chunk = _log_probabilities(chunk_rows, weight, targets[span])
                 nll_sum += chunk.nll.sum()
-                if with_z:
+                if z_loss:
                     z_sum += chunk.log_z.square().sum()
-                if nll_grads is None:
-                    continue
-                p = chunk.log_p.exp_()
-                if z_grads is not None:
-                    # d log_z^2 / d logits = 2 log_z p; log_z is 0 where not counted
-                    z_grads.add(p.to(dtype), chunk_rows, weight, span, (2.0 * chunk.log_z)[:, None])
-                p.scatter_add_(1, chunk.targets, -torch.ones_like(p[:, :1]))
-                nll_grads.add(p.to(dtype), chunk_rows, weight, span, chunk.counted[:, None])
-        ctx.nll_grads, ctx.z_grads = nll_grads, z_grads
-        ctx.dtypes = rows.dtype, weight_vd.dtype
-        return nll_sum, z_sum
+                if differentiate:
+                    d_logits = _logit_gradient(chunk, z_loss).to(dtype)
+                    d_rows[span] = d_logits @ weight
+                    d_weight += d_logits.T @ chunk_rows
+        if differentiate:
+            ctx.save_for_backward(d_rows, d_weight)
+            ctx.dtypes = rows.dtype, weight_vd.dtype
+        loss_sum = nll_sum + z_loss * z_sum
+        ctx.mark_non_differentiable(nll_sum, z_sum)
+        return loss_sum, nll_sum, z_sum
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_nll: Tensor, grad_z: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the gradients that forward left."""
-        d_rows = ctx.nll_grads.rows * grad_nll
-        d_weight = ctx.nll_grads.weight * grad_nll
-        if ctx.z_grads is not None:
-            d_rows.addcmul_(ctx.z_grads.rows, grad_z)
-            d_weight.addcmul_(ctx.z_grads.weight, grad_z)
+        d_rows, d_weight = ctx.saved_tensors
         rows_dtype, weight_dtype = ctx.dtypes
-        return d_rows.to(rows_dtype), d_weight.to(weight_dtype), None, None, None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Gradients:
-    """Gradients of one sum, filled chunk by chunk."""
-
-    rows: Tensor  # (n, d)
-    weight: Tensor  # (v, d)
-
-    @classmethod
-    def zeros(cls, rows: Tensor, weight: Tensor, dtype: torch.dtype) -> _Gradients:
-        return cls(
-            rows=torch.empty_like(rows, dtype=dtype), weight=torch.zeros_like(weight, dtype=dtype)
+        return (
+            (d_rows * grad_loss).to(rows_dtype),
+            (d_weight * grad_loss).to(weight_dtype),
+            None,
+            None,
+            None,
         )
 
-    def add(
-        self, d_logits: Tensor, rows: Tensor, weight: Tensor, span: slice, scale: Tensor
-    ) -> None:
-        """Add a chunk whose gradient by the logits is ``scale * d_logits``; scale is (c, 1)."""
-        self.rows[span] = (d_logits @ weight) * scale
-        self.weight.add_(d_logits.T @ (rows * scale.to(rows.dtype)))
+
+def _logit_gradient(chunk: _Chunk, z_loss: float) -> Tensor:
+    """D (nll + z_loss * log_z^2) / d logits = (1 + 2 z_loss log_z) p - onehot(target), (c, v)."""
+    counted = chunk.counted[:, None].to(chunk.log_p.dtype)
+    gradient = chunk.log_p.exp_()
+    gradient *= counted + 2.0 * z_loss * chunk.log_z[:, None]  # log_z is 0 where not counted
+    return gradient.scatter_add_(1, chunk.targets, -counted)
 
 
 def _product_dtype(rows: Tensor) -> torch.dtype:

@@ -58,10 +58,7 @@ class CausalLM:
         weight_vd = output_weight(model)
         assert weight_vd is not None, "a causal language model has a matrix to the vocabulary"
         result = linear_cross_entropy(hidden_btd, weight_vd, batch["targets"], z_loss=self.z_loss)
-        loss = result.nll_sum
-        if self.z_loss:
-            loss = loss + self.z_loss * result.z_sum
-        return Sums(loss=loss, nll=result.nll_sum.detach())
+        return Sums(loss=result.loss_sum, nll=result.nll_sum)
 
 
 def output_weight(model: PreTrainedModel) -> Tensor | None:

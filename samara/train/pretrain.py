@@ -98,7 +98,6 @@ def predict_memory(
         optimizer=config.optimizer.kind,
         activation_checkpointing=config.training.activation_checkpointing,
         accumulates=micro_batch_size < config.training.batch_size,
-        z_loss=config.training.z_loss > 0,
         device="cuda" if place.device.type == "cuda" else "cpu",
     ).total
 

@@ -63,7 +63,7 @@ def folders(small_corpus, tmp_path_factory):
             input_ids=batch["input_ids"], position_ids=batch["position_ids"]
         ).last_hidden_state
         sums = linear_cross_entropy(hidden, trained.lm_head.weight, batch["targets"])
-        (sums.nll_sum / sums.num_targets).backward()
+        (sums.loss_sum / sums.num_targets).backward()
         optimizer.step()
         optimizer.zero_grad()
     return {

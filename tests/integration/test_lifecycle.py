@@ -14,7 +14,26 @@ from samara.lifecycle import plan, run_recipe
 from samara.recipe import parse_recipe
 from samara.runs import RunFolder
 
-WORDS = "the model reads a line of text and writes the next word of it into one small file".split()
+WORDS = [
+    "the",
+    "model",
+    "reads",
+    "a",
+    "line",
+    "of",
+    "text",
+    "and",
+    "writes",
+    "the",
+    "next",
+    "word",
+    "of",
+    "it",
+    "into",
+    "one",
+    "small",
+    "file",
+]
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def loss_of(model: SamaraForCausalLM, *, autocast: bool = False) -> Tensor:
     positions = (torch.arange(LENGTH) % 15).expand(BATCH, -1)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         hidden = model.model(ids, position_ids=positions).last_hidden_state
-        return linear_cross_entropy(hidden, model.lm_head.weight, targets).nll_sum
+        return linear_cross_entropy(hidden, model.lm_head.weight, targets).loss_sum
 
 
 @pytest.mark.parametrize("keep", [False, True])

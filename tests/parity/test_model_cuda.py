@@ -49,7 +49,7 @@ def loss_and_gradients(
     with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
         hidden = run(input_ids=ids, position_ids=positions).last_hidden_state
         result = linear_cross_entropy(hidden, model.lm_head.weight, targets, z_loss=1e-4)
-    loss = (result.nll_sum + 1e-4 * result.z_sum) / result.num_targets
+    loss = result.loss_sum / result.num_targets
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
 

@@ -65,7 +65,7 @@ def counted_flops(model: SamaraForCausalLM, *, batch: int, length: int) -> tuple
         with flop_counter() as training:
             hidden = model.model(input_ids=ids).last_hidden_state
             loss = linear_cross_entropy(hidden, model.lm_head.weight, ids)
-            loss.nll_sum.backward()
+            loss.loss_sum.backward()
     return forward.get_total_flops(), training.get_total_flops()
 
 

@@ -36,7 +36,6 @@ def recipe_input(name: str) -> DesignInput:
         precision=training.precision,
         optimizer=config.optimizer.kind,
         activation_checkpointing=training.activation_checkpointing,
-        z_loss=training.z_loss > 0,
         device_profile="h100-sxm",
     )
 
@@ -88,7 +87,7 @@ def test_several_designs_stand_side_by_side():
 
 
 def test_memory_is_that_of_the_recipe():
-    data = design_data([small_input(activation_checkpointing="layer", z_loss=True)])
+    data = design_data([small_input(activation_checkpointing="layer")])
     memory = training_memory(
         SMALL,
         micro_batch_size=4,
@@ -97,7 +96,6 @@ def test_memory_is_that_of_the_recipe():
         optimizer="adamw",
         activation_checkpointing="layer",
         accumulates=True,
-        z_loss=True,
     )
     assert data["memory"]["total"] == memory.total
     assert data["memory"]["optimizer"] == 8 * data["parameters"]

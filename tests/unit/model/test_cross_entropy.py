@@ -36,17 +36,17 @@ def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tens
     return nll, (log_z.square() * (targets.flatten() != -100)).sum()
 
 
-@pytest.mark.parametrize(("nll_weight", "z_weight"), [(1.0, 0.0), (0.3, 1e-2), (0.0, 2.0)])
-def test_values_and_gradients(nll_weight: float, z_weight: float) -> None:
+@pytest.mark.parametrize(("scale", "z_loss"), [(1.0, 0.0), (0.3, 1e-2), (-2.0, 2.0)])
+def test_values_and_gradients(scale: float, z_loss: float) -> None:
     hidden, weight, targets = inputs()
-    result = linear_cross_entropy(hidden, weight, targets, z_loss=z_weight)
+    result = linear_cross_entropy(hidden, weight, targets, z_loss=z_loss)
     nll, z = plain(hidden, weight, targets)
     torch.testing.assert_close(result.nll_sum, nll, rtol=1e-12, atol=1e-12)
-    if z_weight:
+    if z_loss:
         torch.testing.assert_close(result.z_sum, z, rtol=1e-12, atol=1e-12)
     assert result.num_targets.item() == B * T - 10
-    loss = nll_weight * result.nll_sum + z_weight * result.z_sum
-    expected = nll_weight * nll + z_weight * z
+    loss, expected = scale * result.loss_sum, scale * (nll + z_loss * z)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     for mine, theirs in zip(
         torch.autograd.grad(loss, (hidden, weight)),
         torch.autograd.grad(expected, (hidden, weight)),
@@ -63,7 +63,7 @@ def test_without_z_loss_its_sum_is_zero() -> None:
 def test_one_side_frozen(frozen: str) -> None:
     hidden, weight, targets = inputs()
     (hidden if frozen == "hidden" else weight).requires_grad_(False)
-    linear_cross_entropy(hidden, weight, targets).nll_sum.backward()
+    linear_cross_entropy(hidden, weight, targets).loss_sum.backward()
     assert (hidden.grad is None) == (frozen == "hidden")
     assert (weight.grad is None) == (frozen == "weight")
 
@@ -71,16 +71,31 @@ def test_one_side_frozen(frozen: str) -> None:
 def test_backward_twice_gives_the_same_gradient() -> None:
     hidden, weight, targets = inputs()
     result = linear_cross_entropy(hidden, weight, targets, z_loss=0.1)
-    loss = result.nll_sum + 0.1 * result.z_sum
+    loss = result.loss_sum
     first = torch.autograd.grad(loss, hidden, retain_graph=True)[0]
     assert torch.equal(first, torch.autograd.grad(loss, hidden)[0])
+
+
+def test_backward_frees_the_gradients_it_used() -> None:
+    hidden, weight, targets = inputs()
+    result = linear_cross_entropy(hidden, weight, targets)
+    result.loss_sum.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        result.loss_sum.backward()
+
+
+def test_the_parts_of_the_loss_are_for_reading_only() -> None:
+    result = linear_cross_entropy(*inputs(), z_loss=0.1)
+    assert result.loss_sum.requires_grad
+    assert not result.nll_sum.requires_grad
+    assert not result.z_sum.requires_grad
 
 
 def test_all_targets_ignored() -> None:
     hidden, weight, targets = inputs()
     result = linear_cross_entropy(hidden, weight, torch.full_like(targets, -100), z_loss=1.0)
     assert result.nll_sum.item() == result.z_sum.item() == result.num_targets.item() == 0
-    (result.nll_sum + result.z_sum).backward()
+    result.loss_sum.backward()
     assert not hidden.grad.any()
     assert not weight.grad.any()
 
@@ -88,7 +103,7 @@ def test_all_targets_ignored() -> None:
 def test_huge_logits_stay_finite() -> None:
     hidden, weight, targets = inputs(torch.float32)
     result = linear_cross_entropy(hidden * 1e4, weight, targets)
-    result.nll_sum.backward()
+    result.loss_sum.backward()
     assert torch.isfinite(result.nll_sum)
     assert torch.isfinite(hidden.grad).all()
 
@@ -101,7 +116,7 @@ def test_autocast_rounds_the_products_only() -> None:
     nll = functional.cross_entropy(logits, targets.flatten(), reduction="sum")
     assert result.nll_sum.dtype == torch.float32
     torch.testing.assert_close(result.nll_sum, nll, rtol=1e-6, atol=1e-5)
-    (result.nll_sum + 0.1 * result.z_sum).backward()
+    result.loss_sum.backward()
     assert hidden.grad.dtype == weight.grad.dtype == torch.float32
     exact_hidden, exact_weight, _ = inputs()
     nll, z = plain(exact_hidden, exact_weight, targets)
@@ -112,7 +127,7 @@ def test_autocast_rounds_the_products_only() -> None:
 
 def test_half_precision_model_gets_gradients_of_its_dtype() -> None:
     hidden, weight, targets = inputs(torch.bfloat16)
-    linear_cross_entropy(hidden, weight, targets).nll_sum.backward()
+    linear_cross_entropy(hidden, weight, targets).loss_sum.backward()
     assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
 
 
@@ -129,7 +144,7 @@ def test_logits_are_never_whole() -> None:
 
     hidden, weight, targets = inputs()
     with Watch():
-        linear_cross_entropy(hidden, weight, targets, z_loss=0.1).nll_sum.backward()
+        linear_cross_entropy(hidden, weight, targets, z_loss=0.1).loss_sum.backward()
     assert max(sizes) <= max(5 * V, B * T * D)
 
 
