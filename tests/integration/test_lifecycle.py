@@ -14,26 +14,7 @@ from samara.lifecycle import plan, run_recipe
 from samara.recipe import parse_recipe
 from samara.runs import RunFolder
 
-WORDS = [
-    "the",
-    "model",
-    "reads",
-    "a",
-    "line",
-    "of",
-    "text",
-    "and",
-    "writes",
-    "the",
-    "next",
-    "word",
-    "of",
-    "it",
-    "into",
-    "one",
-    "small",
-    "file",
-]
+WORDS = "the model reads a line of text and writes the next word of it in one file".split()
 
 
 @pytest.fixture
