@@ -119,6 +119,27 @@ class PrepareConfig(Config):
     """Stop after this many kept documents."""
 
 
+class ChatConfig(Config):
+    """What instruction tuning reads: conversations, one record a line."""
+
+    paths: tuple[str, ...] = Field(min_length=1)
+    """JSON Lines files or glob patterns, each also .gz; records of `messages`, of `instruction`
+    (with `input`) and `output`, of `prompt` and `completion`, or of `instruction` and `instances`.
+    """
+    validation_paths: tuple[str, ...] = ()
+    """Files whose conversations are the validation split. Left out: a fraction of the records."""
+    validation_fraction: Fraction = 0.05
+    """Share of the records that is held out where there are no validation_paths; a hash of a
+    record's turns decides, so equal records stay together."""
+    sequence_length: PositiveInt = 256
+    """Tokens of one training sequence; conversations are packed whole."""
+    too_long: Literal["shorten", "refuse"] = "shorten"
+    """A conversation longer than a sequence loses what costs least (the end, or the middle of the
+    prompt; never the whole answer), or stops the run."""
+    num_workers: NonNegativeInt = 0
+    """Processes that read ahead; the order does not depend on it."""
+
+
 class DataConfig(Config):
     """What a training run reads."""
 

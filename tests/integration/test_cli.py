@@ -27,6 +27,7 @@ VERBS = [
     "run",
     "prepare",
     "pretrain",
+    "instruct",
     "evaluate",
     "report",
     "design",

@@ -1,0 +1,66 @@
+"""What the training loop asks of its data, and a prepared corpus as such data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from samara.data.config import DataConfig
+from samara.data.prepare import PreparedCorpus
+from samara.data.rows import Rows
+from samara.data.tokens import PackedSequences
+
+
+class TrainingData(Protocol):
+    """Rows to train on and to validate with, and the tokenizer that made them.
+
+    Attributes:
+        hash: Equal hash, equal data.
+        tokenizer_folder: A Hugging Face tokenizer folder.
+        special_tokens: ``bos_token_id``, ``eos_token_id``, ``pad_token_id``; None where there is
+            no such mark.
+    """
+
+    @property
+    def hash(self) -> str: ...
+
+    @property
+    def tokenizer_folder(self) -> Path: ...
+
+    @property
+    def special_tokens(self) -> Mapping[str, int | None]: ...
+
+    def training_rows(self) -> Rows:
+        """The rows of the training split."""
+        ...
+
+    def validation_rows(self) -> Rows | None:
+        """The rows of the validation split; None if it is empty."""
+        ...
+
+
+class CorpusData:
+    """A prepared corpus as :class:`TrainingData`."""
+
+    def __init__(self, corpus: PreparedCorpus, config: DataConfig) -> None:
+        self._corpus, self._config = corpus, config
+        self.hash = corpus.hash
+        self.tokenizer_folder = corpus.tokenizer_folder
+        self.special_tokens = corpus.special_tokens
+
+    def training_rows(self) -> Rows:
+        """See :class:`TrainingData`."""
+        return self._packed("train")
+
+    def validation_rows(self) -> Rows | None:
+        """See :class:`TrainingData`."""
+        is_empty = not self._corpus.statistics["splits"]["validation"]["tokens"]
+        return None if is_empty else self._packed("validation")
+
+    def _packed(self, split: str) -> PackedSequences:
+        return PackedSequences(
+            self._corpus.tokens(split),
+            sequence_length=self._config.sequence_length,
+            document_boundaries=self._config.document_boundaries,
+        )
