@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from samara.data.config import DataConfig
+from samara.data.config import DataConfig, PackedRows
+from samara.data.openelm_path import ChunkRows, ChunkRules, DocumentLines
 from samara.data.prepare import PreparedCorpus
 from samara.data.rows import Rows
+from samara.data.tokenizer import TextTokenizer
 from samara.data.tokens import PackedSequences
 
 
@@ -51,7 +53,19 @@ class CorpusData:
 
     def training_rows(self) -> Rows:
         """See :class:`TrainingData`."""
-        return self._packed("train")
+        rows = self._config.rows
+        if isinstance(rows, PackedRows):
+            return self._packed("train")
+        return ChunkRows(
+            DocumentLines(self._corpus.documents_path("train")),
+            TextTokenizer.load(self.tokenizer_folder),
+            rules=ChunkRules(
+                words=rows.words,
+                min_characters=rows.min_characters,
+                min_tokens=rows.min_tokens,
+                sequence_length=self._config.sequence_length,
+            ),
+        )
 
     def validation_rows(self) -> Rows | None:
         """See :class:`TrainingData`."""
