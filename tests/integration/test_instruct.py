@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import runpy
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from samara.train.config import InstructConfig
 from samara.train.instruct import instruct
 
 PLACES = {"Ada": "root", "Bo": "path", "Cy": "file", "Di": "line", "Ed": "list", "Flo": "date"}
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "answers.py"
+
 FRAMES = (
     "Where is {}?",
     "Find {}.",
@@ -112,12 +116,28 @@ def run(folder: Path, settings: dict[str, Any]) -> RunFolder:
     return result
 
 
-def test_a_model_learns_to_answer_and_to_stop(
-    settings: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
-    changed = settings()
-    changed["training"] |= {"max_steps": 120, "batch_size": 8, "evaluate_every_steps": 60}
-    result = run(tmp_path / "run", changed)
+@pytest.fixture(scope="module")
+def tuned() -> dict[str, RunFolder]:
+    """Nothing yet: filled by the first test that needs the tuned model."""
+    return {}
+
+
+@pytest.fixture
+def tuned_run(
+    tuned: dict[str, RunFolder],
+    settings: Callable[..., dict[str, Any]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> RunFolder:
+    """A run long enough to learn the answers, made once."""
+    if not tuned:
+        changed = settings()
+        changed["training"] |= {"max_steps": 50, "batch_size": 8, "evaluate_every_steps": 25}
+        tuned["run"] = run(tmp_path_factory.mktemp("tuned") / "run", changed)
+    return tuned["run"]
+
+
+def test_a_model_learns_to_answer_and_to_stop(tuned_run: RunFolder) -> None:
+    result = tuned_run
     summary = read_json(result.path / "summary.json")
     assert summary["validation_loss"] < 0.3
 
@@ -136,6 +156,26 @@ def test_a_model_learns_to_answer_and_to_stop(
         assert said[-1] == tokenizer.eos_token_id, "does not stop"
         right += tokenizer.decode(said, skip_special_tokens=True) == answer(name)
     assert right >= 33  # of 36, some of them never seen
+
+
+def test_the_script_compares_before_and_after(
+    tuned_run: RunFolder,
+    base: Path,
+    chats: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    models = [str(base), str(tuned_run.path)]
+    options = ["--max-conversations", "12", "--max-new-tokens", "30", "--sequence-length", "96"]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *models, "--data", str(chats), *options])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+    before, after = json.loads(capsys.readouterr().out)["models"].values()
+    assert before["answers"] == after["answers"] == 12
+    assert after["ended_share"] == 1.0
+    assert before["ended_share"] < 0.5
+    assert after["loss_on_answers"] < 0.3 < 3.0 < before["loss_on_answers"]
+    assert after["shown"][0]["answer"] == answer("Ada")
 
 
 def test_what_the_run_records(settings: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
