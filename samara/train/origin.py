@@ -44,7 +44,13 @@ class Origin:
                 at the end mark.
         """
         if self.folder is None:
-            return SamaraForCausalLM(SamaraConfig.from_design(self.design, **special_tokens))
+            config = SamaraConfig.from_design(
+                self.design,
+                bos_token_id=special_tokens["bos_token_id"],
+                eos_token_id=special_tokens["eos_token_id"],
+                pad_token_id=special_tokens["pad_token_id"],
+            )
+            return SamaraForCausalLM(config)
         model = load_model(self.folder, dtype=torch.float32)
         for name, token_id in special_tokens.items():
             if token_id is not None:
