@@ -31,7 +31,7 @@ _FUNCTION_WORDS = frozenset(
     such than that the their them then there these they this those to too two under until up used
     using was we were what when where whether which while who will with within without would you
     your
-    """.split()  # noqa: SIM905 - read as text
+    """.split()
 )
 
 
