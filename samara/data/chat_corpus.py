@@ -25,26 +25,23 @@ class ChatCorpus:
 
     Attributes:
         hash: Of the files' contents, the split and the tokenizer with its chat template.
-        tokenizer_folder: A Hugging Face tokenizer folder with a chat template.
-        special_tokens: ``bos_token_id``, ``eos_token_id``, ``pad_token_id``.
+        tokenizer: A tokenizer with a chat template.
         statistics: Per split the :class:`~samara.data.chat.ChatStatistics`, and what was skipped.
     """
 
-    def __init__(self, config: ChatConfig, tokenizer_folder: Path) -> None:
+    def __init__(self, config: ChatConfig, tokenizer: TextTokenizer) -> None:
         """Read and tokenise all of it.
 
         Args:
             config: Which files, and how they are split.
-            tokenizer_folder: See above.
+            tokenizer: See above.
 
         Raises:
             DataError: If a file is missing or a record malformed (with file and line), if one is
                 too long and to be refused, or if a split that is asked for is empty.
         """
-        self.tokenizer_folder = tokenizer_folder
-        tokenizer = TextTokenizer.load(tokenizer_folder)
-        self.special_tokens = tokenizer.special_tokens
-        self._config, self._encoder = config, ChatEncoder(tokenizer_folder)
+        self.tokenizer = tokenizer
+        self._config, self._encoder = config, ChatEncoder(tokenizer.folder)
         self._validation_files = _files(config.validation_paths, key="data.validation_paths")
         held_out = {path.resolve() for path in self._validation_files}
         files = _files(config.paths, key="data.paths")

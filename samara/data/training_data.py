@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Protocol
 
 from samara.data.config import DataConfig, PackedRows
@@ -19,19 +17,14 @@ class TrainingData(Protocol):
 
     Attributes:
         hash: Equal hash, equal data.
-        tokenizer_folder: A Hugging Face tokenizer folder.
-        special_tokens: ``bos_token_id``, ``eos_token_id``, ``pad_token_id``; None where there is
-            no such mark.
+        tokenizer: What made the tokens; it is saved with the model.
     """
 
     @property
     def hash(self) -> str: ...
 
     @property
-    def tokenizer_folder(self) -> Path: ...
-
-    @property
-    def special_tokens(self) -> Mapping[str, int | None]: ...
+    def tokenizer(self) -> TextTokenizer: ...
 
     def training_rows(self) -> Rows:
         """The rows of the training split."""
@@ -48,8 +41,7 @@ class CorpusData:
     def __init__(self, corpus: PreparedCorpus, config: DataConfig) -> None:
         self._corpus, self._config = corpus, config
         self.hash = corpus.hash
-        self.tokenizer_folder = corpus.tokenizer_folder
-        self.special_tokens = corpus.special_tokens
+        self.tokenizer = TextTokenizer.load(corpus.tokenizer_folder)
 
     def training_rows(self) -> Rows:
         """See :class:`TrainingData`."""
@@ -58,7 +50,7 @@ class CorpusData:
             return self._packed("train")
         return ChunkRows(
             DocumentLines(self._corpus.documents_path("train")),
-            TextTokenizer.load(self.tokenizer_folder),
+            self.tokenizer,
             rules=ChunkRules(
                 words=rows.words,
                 min_characters=rows.min_characters,

@@ -10,10 +10,10 @@ differ. The run folder also gets
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 from samara.data.chat_corpus import ChatCorpus
 from samara.data.chat_template import save_with_chat_template
+from samara.data.tokenizer import TextTokenizer
 from samara.errors import ConfigError, DataError
 from samara.runs import RunFolder, write_json
 from samara.train.config import InstructConfig
@@ -36,7 +36,7 @@ def instruct(config: InstructConfig, run: RunFolder) -> None:
     carry_out(config, run, corpus, origin, place)
 
 
-def _chat_tokenizer(origin: Origin, run: RunFolder) -> Path:
+def _chat_tokenizer(origin: Origin, run: RunFolder) -> TextTokenizer:
     """The model's tokenizer with a chat template, in the run folder."""
     assert origin.folder is not None
     folder = run.path / "tokenizer"
@@ -51,4 +51,4 @@ def _chat_tokenizer(origin: Origin, run: RunFolder) -> Path:
             f"init_from: the tokenizer of {origin.folder} has {tokenizer.vocab_size} entries, the "
             f"model's embedding {origin.design.vocab_size}; they do not belong together"
         )
-    return folder
+    return tokenizer

@@ -36,13 +36,13 @@ class Origin:
     parents: Mapping[str, str] = field(default_factory=dict)
     inherited: Compute = field(default_factory=Compute)
 
-    def build(self, special_tokens: Mapping[str, int | None]) -> SamaraForCausalLM:
+    def build(self, tokenizer: TextTokenizer) -> SamaraForCausalLM:
         """Make the model, in float32 on the CPU; fresh weights come from torch's generator.
 
         Args:
-            special_tokens: Ids that the tokenizer gives to begin, end and padding; generation stops
-                at the end mark.
+            tokenizer: Gives the ids of begin, end and padding; generation stops at the end mark.
         """
+        special_tokens = tokenizer.special_tokens
         if self.folder is None:
             config = SamaraConfig.from_design(
                 self.design,

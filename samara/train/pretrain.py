@@ -21,7 +21,7 @@ import torch
 
 from samara.data.loader import training_batches
 from samara.data.prepare import open_corpus
-from samara.data.tokenizer import FOLDER_FILES
+from samara.data.tokenizer import FOLDER_FILES, TextTokenizer
 from samara.data.training_data import CorpusData, TrainingData
 from samara.errors import ConfigError, ResourceError
 from samara.measure.budget import Budget, budget
@@ -165,7 +165,7 @@ class Job:
 
     def _build_model(self) -> SamaraForCausalLM:
         torch.manual_seed(self.config.seed)
-        model = self.origin.build(self.corpus.special_tokens)
+        model = self.origin.build(self.corpus.tokenizer)
         set_activation_checkpointing(model, self.config.training.activation_checkpointing)
         model.to(self.place.device)  # type: ignore[arg-type] # transformers wraps it untyped
         if self.config.training.compile:
@@ -286,7 +286,7 @@ class Job:
         if self._average_steps():
             self.averages.load_mean(self.model)
             averaged = None if self.validation_set is None else self.evaluate()
-        export(self.model, self.corpus.tokenizer_folder, self.run.path / "model")
+        export(self.model, self.corpus.tokenizer, self.run.path / "model")
         cost = estimated_cost(self.profile, seconds=self.state.seconds)
         spent = Compute(
             tokens=self.state.tokens,
@@ -333,7 +333,7 @@ class Job:
         }
 
 
-def export(model: SamaraForCausalLM, tokenizer_folder: Path, folder: Path) -> None:
+def export(model: SamaraForCausalLM, tokenizer: TextTokenizer, folder: Path) -> None:
     """Write a Hugging Face folder with its tokenizer, complete or absent.
 
     Raises:
@@ -343,8 +343,8 @@ def export(model: SamaraForCausalLM, tokenizer_folder: Path, folder: Path) -> No
         with disk_errors():
             save_model(model, staging)
         for name in FOLDER_FILES:
-            if (tokenizer_folder / name).exists():
-                shutil.copyfile(tokenizer_folder / name, staging / name)
+            if (tokenizer.folder / name).exists():
+                shutil.copyfile(tokenizer.folder / name, staging / name)
 
 
 def _progress(
