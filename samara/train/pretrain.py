@@ -41,7 +41,7 @@ from samara.train.memory import PeakMemory, check_memory
 from samara.train.objective import CausalLM
 from samara.train.optim import Optimizer
 from samara.train.origin import Origin, find_origin, weights_hash
-from samara.train.parallel import Place, choose_place, compile_model, eager
+from samara.train.parallel import Place, choose_place, compile_model, uncompiled
 from samara.train.schedule import learning_rate
 from samara.train.sinks import Sink, open_sinks
 from samara.train.stop import StopSignal
@@ -244,7 +244,7 @@ class Job:
     def evaluate(self) -> float:
         """Validation loss of the weights as they are."""
         assert self.validation_set is not None
-        with eager():
+        with uncompiled(self.model):
             result = evaluate_loss(
                 self.model,
                 self.validation_set,
