@@ -24,8 +24,7 @@ from samara.data.chat_template import save_with_chat_template
 from samara.measure.loss import mean_loss
 from samara.model.loading import load_model
 from samara.model.modeling import SamaraForCausalLM
-from samara.runs import hash_file
-from samara.train.origin import model_folder, weights_hash
+from samara.runs import hash_file, hash_weights, model_folder
 
 BATCH_SIZE = 16
 SHOWN = 3
@@ -88,7 +87,7 @@ def measure(folder: Path, data: Path, arguments: argparse.Namespace) -> dict[str
         )
         loss = mean_loss(model, rows, batch_size=8, device=device, precision="float32")
         return {
-            "weights_hash": weights_hash(folder),
+            "weights_hash": hash_weights(folder),
             "loss_on_answers": loss,
             **answers(
                 model,

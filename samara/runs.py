@@ -170,6 +170,17 @@ def hash_files(files: Mapping[str, Path]) -> str:
     return hash_json({name: hash_file(files[name]) for name in sorted(files)})
 
 
+def hash_weights(folder: Path) -> str:
+    """Hash of a model folder's weights: its safetensors files by name and content."""
+    return hash_files({file.name: file for file in folder.glob("*.safetensors")})
+
+
+def model_folder(path: Path) -> Path:
+    """A model folder given by its own path or by that of the run that made it."""
+    inner = path / "model"
+    return inner if (inner / "config.json").exists() else path
+
+
 # --- what a run records -----------------------------------------------------------------------
 
 

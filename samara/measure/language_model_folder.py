@@ -16,7 +16,7 @@ from samara.errors import CheckpointError, ConfigError
 from samara.measure.language_model import LanguageModel
 from samara.model.configuration import SamaraConfig
 from samara.model.loading import load_model
-from samara.runs import hash_files, read_json
+from samara.runs import hash_weights, model_folder, read_json
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["float32", "bfloat16"]
@@ -51,7 +51,7 @@ def open_language_model(
         CheckpointError: If the folder holds no complete model with its tokenizer.
         ConfigError: If ``cuda`` is asked for and there is none.
     """
-    folder = path / "model" if (path / "model" / "config.json").exists() else path
+    folder = model_folder(path)
     where = _device(device)
     with _quiet_transformers():
         tokenizer = _load_tokenizer(folder)
@@ -59,7 +59,7 @@ def open_language_model(
     return SavedLanguageModel(
         language_model=LanguageModel(model, tokenizer, batch_size=batch_size),
         folder=folder,
-        weights_hash=hash_files({file.name: file for file in folder.glob("*.safetensors")}),
+        weights_hash=hash_weights(folder),
     )
 
 

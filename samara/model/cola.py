@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
+from samara.model.autocast import compute_dtype
+
 
 class LowRankLinear(nn.Module):
     """y = silu(x A) B.
@@ -85,9 +87,6 @@ def _flops(x_shape: torch.Size, a_shape: torch.Size, *_: Any, **__: Any) -> int:
 
 def _kept_product(x: Tensor, a: Tensor) -> Tensor:
     # Autocast does not reach into operators it does not know.
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, a = x.to(dtype), a.to(dtype)
-    result: Tensor = low_rank_down(x, a)
+    dtype = compute_dtype(x)
+    result: Tensor = low_rank_down(x.to(dtype), a.to(dtype))
     return result

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from samara.model.autocast import compute_dtype
+
 IGNORE_INDEX = -100
 CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
 """Logits of one chunk: on CPU what stays in the last-level cache, on CUDA enough to fill it."""
@@ -65,7 +67,7 @@ def linear_cross_entropy(
 def per_token_nll(hidden_btd: Tensor, weight_vd: Tensor, targets_bt: Tensor) -> Tensor:
     """Negative log-likelihood of each target (b, t) in nats, 0 where the target is -100."""
     rows, targets = hidden_btd.flatten(0, -2), targets_bt.flatten()
-    dtype = _product_dtype(rows)
+    dtype = compute_dtype(rows)
     weight = weight_vd.to(dtype)
     with torch.autocast(rows.device.type, enabled=False):
         chunks = [
@@ -114,7 +116,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         z_loss: float,
         differentiate: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = _product_dtype(rows)
+        dtype = compute_dtype(rows)
         exact = torch.float64 if dtype == torch.float64 else torch.float32
         weight = weight_vd.to(dtype)
         nll_sum = torch.zeros((), dtype=exact, device=rows.device)
@@ -161,11 +163,6 @@ def _logit_gradient(chunk: _Chunk, z_loss: float) -> Tensor:
     gradient = chunk.log_p.exp_()
     gradient *= counted + 2.0 * z_loss * chunk.log_z[:, None]  # log_z is 0 where not counted
     return gradient.scatter_add_(1, chunk.targets, -counted)
-
-
-def _product_dtype(rows: Tensor) -> torch.dtype:
-    device = rows.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
 
 
 def _spans(rows: Tensor, weight_vd: Tensor) -> list[slice]:

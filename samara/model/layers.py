@@ -20,6 +20,7 @@ from torch.nn import functional
 from transformers.cache_utils import Cache
 
 from samara.model.attention import AttentionMask, attend
+from samara.model.autocast import compute_dtype
 from samara.model.cola import LowRankLinear
 from samara.model.configuration import SamaraConfig
 
@@ -120,8 +121,7 @@ def apply_rotary(x_bthe: Tensor, tables: RotaryTables) -> Tensor:
 
 def to_compute_dtype(x: Tensor) -> Tensor:
     """Cast to autocast's dtype once, ahead of the projections that would each do so."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    return x.to(compute_dtype(x))
 
 
 def linear(in_features: int, out_features: int, rank: int) -> nn.Linear | LowRankLinear:

@@ -28,6 +28,7 @@ from samara.model.activation_checkpointing import (
     checkpoint_layer,
 )
 from samara.model.attention import AttentionMask, cached_mask, packed_mask
+from samara.model.autocast import compute_dtype
 from samara.model.cola import LowRankLinear
 from samara.model.configuration import SamaraConfig
 from samara.model.layers import Attention, FeedForward, LayerContext, RMSNorm, rotary_tables
@@ -209,7 +210,7 @@ class SamaraModel(SamaraPreTrainedModel):  # type: ignore[no-untyped-call]
         mask: AttentionMask
         if attention_mask is not None and attention_mask.dim() == 4:
             is_bool = attention_mask.dtype == torch.bool
-            mask = attention_mask if is_bool else attention_mask.to(_attention_dtype(x_btd))
+            mask = attention_mask if is_bool else attention_mask.to(compute_dtype(x_btd))
         elif attention_mask is None and cache is None:
             if position_ids is None and prefix_length is not None:
                 position_ids = torch.arange(length, device=device)[None]
@@ -219,7 +220,7 @@ class SamaraModel(SamaraPreTrainedModel):  # type: ignore[no-untyped-call]
                 else packed_mask(
                     position_ids,
                     head_dim=head_dim,
-                    dtype=_attention_dtype(x_btd),
+                    dtype=compute_dtype(x_btd),
                     causal=causal,
                     prefix_length=prefix_length,
                 )
@@ -360,13 +361,6 @@ def set_activation_checkpointing(
                 module.keep_pre_activation = mode == "cola_m"
             case SamaraModel():
                 module.gradient_checkpointing = mode != "none"
-
-
-def _attention_dtype(x_btd: Tensor) -> torch.dtype:
-    device = x_btd.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x_btd.dtype
 
 
 def mean_loss(

@@ -16,7 +16,7 @@ from samara.model.config import ModelConfig
 from samara.model.configuration import SamaraConfig
 from samara.model.loading import load_model
 from samara.model.modeling import SamaraForCausalLM
-from samara.runs import Compute, RunFolder, hash_files, read_json
+from samara.runs import Compute, RunFolder, hash_weights, model_folder, read_json
 from samara.train.config import PretrainConfig
 
 
@@ -96,20 +96,9 @@ def origin_of(init_from: str, *, sequence_length: int) -> Origin:
     return Origin(
         design=design,
         folder=folder,
-        parents={"init_from": weights_hash(folder)},
+        parents={"init_from": hash_weights(folder)},
         inherited=RunFolder(folder.parent).lineage().total if folder.name == "model" else Compute(),
     )
-
-
-def model_folder(path: Path) -> Path:
-    """A model folder given by its own path or by that of the run that made it."""
-    inner = path / "model"
-    return inner if (inner / "config.json").exists() else path
-
-
-def weights_hash(folder: Path) -> str:
-    """Content hash of a model folder's weights."""
-    return hash_files({file.name: file for file in folder.glob("*.safetensors")})
 
 
 def _read_design(folder: Path) -> ModelConfig:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -88,11 +88,18 @@ def compile_model(
     model.base_model.compile(backend=backend)
 
 
-def eager() -> AbstractContextManager[object]:
-    """Run compiled models uncompiled inside: evaluation is not worth a graph of its own.
+@contextlib.contextmanager
+def uncompiled(model: PreTrainedModel) -> Iterator[None]:
+    """Call a compiled model's decoder as it was before: evaluation is not worth a graph of its own.
 
     On CUDA (torch 2.11) the graph that would be compiled for it, without gradients, also fails in
-    attention with a packed mask.
+    attention with a packed mask. Kernels that are compiled by themselves, as FlexAttention, stay
+    so: ``torch.compiler.set_stance("force_eager")`` would run that one without its kernel.
     """
-    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
-    return stance
+    decoder = model.base_model
+    compiled = decoder._compiled_call_impl  # where Module.compile() leaves its result
+    decoder._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        decoder._compiled_call_impl = compiled

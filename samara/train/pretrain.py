@@ -32,7 +32,7 @@ from samara.measure.memory import training_memory
 from samara.model.loading import save_model
 from samara.model.modeling import SamaraForCausalLM, set_activation_checkpointing
 from samara.progress import ProgressLine
-from samara.runs import Compute, Lineage, RunFolder, new_folder, write_json
+from samara.runs import Compute, Lineage, RunFolder, hash_weights, new_folder, write_json
 from samara.train.averaging import Averages, member_steps
 from samara.train.checkpoint import Checkpoints, TrainingState, disk_errors, sweep
 from samara.train.config import InstructConfig, PretrainConfig, TrainingConfig
@@ -40,8 +40,8 @@ from samara.train.loop import Costs, Hooks, Record, Update, train
 from samara.train.memory import PeakMemory, check_memory
 from samara.train.objective import CausalLM
 from samara.train.optim import Optimizer
-from samara.train.origin import Origin, find_origin, weights_hash
-from samara.train.parallel import Place, choose_place, compile_model, eager
+from samara.train.origin import Origin, find_origin
+from samara.train.parallel import Place, choose_place, compile_model, uncompiled
 from samara.train.schedule import learning_rate
 from samara.train.sinks import Sink, open_sinks
 from samara.train.stop import StopSignal
@@ -265,7 +265,7 @@ class Job:
     def evaluate(self) -> float:
         """Validation loss of the weights as they are."""
         assert self.validation_set is not None
-        with eager():
+        with uncompiled(self.model):
             return mean_loss(
                 self.model,
                 self.validation_set,
@@ -328,7 +328,7 @@ class Job:
             "device": self.place.device.type,
             "device_profile": self.profile.name,
             "corpus_hash": self.corpus.hash,
-            "weights_hash": weights_hash(self.run.path / "model"),
+            "weights_hash": hash_weights(self.run.path / "model"),
             "design": self.origin.design.model_dump(mode="json"),
         }
 

@@ -24,10 +24,9 @@ from samara.errors import (
 )
 from samara.measure.loss import evaluate_loss
 from samara.model.loading import load_model, save_model
-from samara.runs import Compute, RunFolder, read_json
+from samara.runs import Compute, RunFolder, hash_weights, read_json
 from samara.train import pretrain as pretrain_module
 from samara.train.config import PretrainConfig
-from samara.train.origin import weights_hash
 from samara.train.parallel import Place
 from samara.train.pretrain import pretrain
 
@@ -105,7 +104,7 @@ def test_summary_has_the_agreed_fields(
     assert found["device"] == "cpu"
     assert found["device_profile"] == "cpu-2core"
     assert found["corpus_hash"] == small_corpus.hash
-    assert found["weights_hash"] == weights_hash(finished_run.path / "model")
+    assert found["weights_hash"] == hash_weights(finished_run.path / "model")
     assert found["design"]["num_query_heads"] == [2, 2]
     assert found["design"]["vocab_size"] == 300
     assert found["embedding_parameters"] == 300 * 32
@@ -413,12 +412,12 @@ def test_checkpoint_of_another_architecture_is_refused(
     pretrain_settings: Settings, tmp_path: Path
 ) -> None:
     result = run(tmp_path / "run", pretrain_settings())
-    before = weights_hash(result.path / "model")
+    before = hash_weights(result.path / "model")
 
     with pytest.raises(CheckpointError, match="is of another architecture"):
         run(result.path, pretrain_settings(model__ffn_dim=64))
 
-    assert weights_hash(result.path / "model") == before
+    assert hash_weights(result.path / "model") == before
 
 
 def test_poisoned_weight_stops_and_leaves_the_checkpoint(

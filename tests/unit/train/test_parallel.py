@@ -13,7 +13,7 @@ from samara.errors import ResourceError
 from samara.model.modeling import SamaraForCausalLM
 from samara.train.checkpoint import named_weights
 from samara.train.objective import CausalLM
-from samara.train.parallel import autocast, choose_place, compile_model, eager
+from samara.train.parallel import autocast, choose_place, compile_model, uncompiled
 
 MakeModel = Callable[..., SamaraForCausalLM]
 MakeBatches = Callable[..., list[list[Batch]]]
@@ -73,7 +73,7 @@ def test_evaluation_compiles_nothing(make_model: MakeModel, make_batches: MakeBa
     compile_model(model, backend=backend)
     batch = make_batches(1)[0][0]
 
-    with eager(), torch.no_grad():
+    with uncompiled(model), torch.no_grad():
         CausalLM()(model, batch)
     assert graphs == []
 
