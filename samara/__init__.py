@@ -14,9 +14,11 @@ from samara.model.auto import register_with_transformers
 
 if TYPE_CHECKING:
     from samara.errors import SamaraError
+    from samara.model.classification import SamaraForSequenceClassification
     from samara.model.config import ModelConfig
     from samara.model.configuration import SamaraConfig
     from samara.model.loading import load_model, save_model
+    from samara.model.masked_lm import SamaraForMaskedLM
     from samara.model.modeling import SamaraForCausalLM, SamaraModel, set_activation_checkpointing
 
 __all__ = [
@@ -24,6 +26,8 @@ __all__ = [
     "SamaraConfig",
     "SamaraError",
     "SamaraForCausalLM",
+    "SamaraForMaskedLM",
+    "SamaraForSequenceClassification",
     "SamaraModel",
     "load_model",
     "save_model",
@@ -35,6 +39,8 @@ _MODULES = {
     "SamaraConfig": "samara.model.configuration",
     "SamaraError": "samara.errors",
     "SamaraForCausalLM": "samara.model.modeling",
+    "SamaraForMaskedLM": "samara.model.masked_lm",
+    "SamaraForSequenceClassification": "samara.model.classification",
     "SamaraModel": "samara.model.modeling",
     "load_model": "samara.model.loading",
     "save_model": "samara.model.loading",

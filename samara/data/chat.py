@@ -22,9 +22,9 @@ import torch
 
 from samara.data.chat_records import Conversation, Message
 from samara.data.chat_template import TAGS, TEMPLATE_FILE
-from samara.data.rows import Rows
+from samara.data.rows import Batch, Rows
 from samara.data.tokenizer import TextTokenizer
-from samara.data.tokens import IGNORE_INDEX, Batch, IntArray
+from samara.data.tokens import IGNORE_INDEX, IntArray
 from samara.errors import DataError
 
 ENCODE_CONVERSATIONS = 512

@@ -4,6 +4,9 @@ Nothing has to be remembered to go on after an interruption: the step says which
 Every epoch is a fresh permutation of all rows; batches run on across its end, so no row is dropped
 or read twice. The rows of a global batch do not depend on how many processes share it, nor on how
 many workers read ahead.
+
+Row i of epoch e has the number ``e * len + i``, so that an objective that draws noise draws other
+noise in each epoch (:mod:`samara.data.rows`).
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from samara.data.tokens import Batch, IntArray, PackedSequences
+from samara.data.rows import Batch, Rows
+from samara.data.tokens import IntArray
 from samara.errors import ConfigError
 
 
@@ -48,7 +52,7 @@ class _Steps:
                 self._order = epoch_permutation(self.num_rows, seed=self.seed, epoch=epoch)
                 self._epoch = epoch
             part = self._order[offset : offset + missing]
-            parts.append(part)
+            parts.append(part + epoch * self.num_rows)
             position, missing = position + len(part), missing - len(part)
         return np.concatenate(parts)
 
@@ -56,7 +60,7 @@ class _Steps:
 class _MicroBatches(Dataset[Batch]):
     """Maps the list of rows of a micro-batch to its tensors."""
 
-    def __init__(self, dataset: PackedSequences) -> None:
+    def __init__(self, dataset: Rows) -> None:
         self._dataset = dataset
 
     def __getitem__(self, rows: list[int]) -> Batch:
@@ -87,7 +91,7 @@ class _Order:
 
 
 def training_batches(
-    dataset: PackedSequences,
+    dataset: Rows,
     *,
     batch_size: int,
     micro_batch_size: int,
@@ -102,7 +106,7 @@ def training_batches(
     """Yield, for each optimizer step, this process's micro-batches.
 
     Args:
-        dataset: The packed training split.
+        dataset: The rows of the training split.
         batch_size: Rows of one step over all processes.
         micro_batch_size: Rows of one forward pass.
         seed: With the step, decides the order.
@@ -158,7 +162,7 @@ def _ignore_signals(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def evaluation_batches(dataset: PackedSequences, *, batch_size: int) -> Iterator[Batch]:
+def evaluation_batches(dataset: Rows, *, batch_size: int) -> Iterator[Batch]:
     """Yield every row once, in order; the last batch may be smaller."""
     for start in range(0, len(dataset), batch_size):
         yield dataset.batch(range(start, min(start + batch_size, len(dataset))))

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from samara.data.draws import Draws, Purpose
-from samara.data.rows import Rows
-from samara.data.tokens import IGNORE_INDEX, Batch, IntArray, PackedSequences, TokenShards
+from samara.data.rows import Batch, Rows
+from samara.data.tokens import IGNORE_INDEX, IntArray, PackedSequences, TokenShards
 from samara.errors import ConfigError, DataError
 
 MASKED_SHARE = 0.8
@@ -139,14 +139,18 @@ class DocumentRows(Rows):
         return int(self._first_rows[-1])
 
     def batch(self, rows: Sequence[int]) -> Batch:
-        """Several rows: ``input_ids``, ``position_ids``, ``document_ids``, int64 (b, t)."""
+        """Several rows: ``input_ids``, ``position_ids``, ``document_ids``, int64 (b, t).
+
+        Numbers past the end begin again.
+        """
         shape = (len(rows), self.sequence_length)
         input_ids = np.full(shape, self.shards.pad_token_id, dtype=np.int64)
         document_ids = np.full(shape, -1, dtype=np.int64)
         position_ids = np.empty(shape, dtype=np.int64)
         for i, row in enumerate(rows):
-            document = int(np.searchsorted(self._first_rows, row, side="right")) - 1
-            tokens = self._piece(document, int(row - self._first_rows[document]))
+            place = int(row) % len(self)
+            document = int(np.searchsorted(self._first_rows, place, side="right")) - 1
+            tokens = self._piece(document, place - int(self._first_rows[document]))
             input_ids[i, : len(tokens)] = tokens
             document_ids[i, : len(tokens)] = document
             position_ids[i] = _positions(len(tokens), self.sequence_length)

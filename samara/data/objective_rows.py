@@ -48,7 +48,7 @@ def objective_rows(
     sequence_length: int,
     document_boundaries: bool = True,
     seed: int = EVALUATION_SEED,
-) -> Rows | PackedSequences:
+) -> Rows:
     """The rows of a split under an objective.
 
     Args:

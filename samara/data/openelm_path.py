@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from samara.data.rows import Rows
+from samara.data.rows import Batch, Rows
 from samara.data.tokenizer import TextTokenizer
-from samara.data.tokens import IGNORE_INDEX, Batch
+from samara.data.tokens import IGNORE_INDEX
 from samara.errors import DataError
 
 SCAN_DOCUMENTS = 256

@@ -10,9 +10,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 
+import torch
 from torch.utils.data import Dataset
 
-from samara.data.tokens import Batch
+Batch = dict[str, torch.Tensor]
+"""A micro-batch: ``input_ids``, ``targets``, ``position_ids``, int64, and what else the objective
+needs; (b, …), or without b for a single row."""
 
 
 class Rows(Dataset[Batch]):

@@ -18,9 +18,9 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import Dataset
 
 from samara.data.batching import batches
+from samara.data.rows import Batch, Rows
 from samara.data.stored_files import check_contents, check_sizes, describe
 from samara.data.tokenizer import TextTokenizer
 from samara.errors import DataError
@@ -39,9 +39,6 @@ ENCODE_CHARACTERS = 4_000_000
 INDEX_FILE = "index.json"
 OFFSETS_FILE = "document_offsets.npy"
 BYTES_FILE = "document_bytes.npy"
-
-Batch = dict[str, torch.Tensor]
-"""``input_ids``, ``targets``, ``position_ids``, ``document_ids``: int64, (b, t) or (t,)."""
 
 IntArray = npt.NDArray[np.int64]
 
@@ -237,7 +234,7 @@ class TokenShards:
 # --- packing ----------------------------------------------------------------------------------
 
 
-class PackedSequences(Dataset[Batch]):
+class PackedSequences(Rows):
     """Rows of ``sequence_length`` tokens cut from the stream, for training and evaluation.
 
     Row i holds the inputs ``stream[i*t : i*t + t]`` and the targets one further on, so each token
@@ -284,17 +281,11 @@ class PackedSequences(Dataset[Batch]):
             crossings = max(0, int(full) - 1)
         return self.shards.num_tokens - 1 - crossings
 
-    def __getitem__(self, index: int) -> Batch:
-        """One row: the tensors of a batch without the batch dimension, each (t,)."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        return {name: tensor[0] for name, tensor in self.batch([index % len(self)]).items()}
-
     def batch(self, rows: Sequence[int]) -> Batch:
         """Several rows at once: ``input_ids``, ``targets``, ``position_ids``, ``document_ids``.
 
         Args:
-            rows: Row numbers, b of them.
+            rows: Row numbers, b of them; numbers past the end begin again.
 
         Returns:
             int64 tensors (b, t). ``targets`` are shifted already and IGNORE_INDEX where nothing is
@@ -302,7 +293,7 @@ class PackedSequences(Dataset[Batch]):
         """
         length, total = self.sequence_length, self.shards.num_tokens
         tokens_bs = np.full((len(rows), length + 1), self.shards.pad_token_id, dtype=np.int64)
-        starts_b1 = np.asarray(rows, dtype=np.int64)[:, None] * length
+        starts_b1 = (np.asarray(rows, dtype=np.int64) % len(self))[:, None] * length
         for row, start in enumerate(starts_b1[:, 0].tolist()):
             stop = min(start + length + 1, total)
             tokens_bs[row, : stop - start] = self.shards.read(start, stop)

@@ -34,8 +34,8 @@ import numpy.typing as npt
 import torch
 
 from samara.data.draws import Draws, Purpose
-from samara.data.rows import Rows
-from samara.data.tokens import IGNORE_INDEX, Batch, IntArray, TokenShards
+from samara.data.rows import Batch, Rows
+from samara.data.tokens import IGNORE_INDEX, IntArray, TokenShards
 from samara.errors import ConfigError, DataError
 
 Mode = Literal["R", "S", "X"]

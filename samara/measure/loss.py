@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from samara.data.tokens import IGNORE_INDEX, Batch, PackedSequences
+from samara.data.rows import Batch
+from samara.data.tokens import IGNORE_INDEX, PackedSequences
 from samara.model.cross_entropy import per_token_nll
 from samara.model.modeling import SamaraForCausalLM
 

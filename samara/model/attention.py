@@ -1,7 +1,11 @@
-"""Causal attention: which positions see which, and the kernel that does it.
+"""Attention: which positions see which, and the kernel that does it.
 
 One function, :func:`attend`, over PyTorch's SDPA everywhere; packed documents on a CUDA device go
 through FlexAttention, whose block mask skips the blocks between documents.
+
+Three rules say what a position sees within its document: causal (itself and what is before it),
+bidirectional (everything), and prefix LM (arXiv 1910.10683, section 3.2.1): causal, but all see the
+prefix.
 
 Shapes: b batch, t query positions, s key positions (s >= t with a cache), h query heads,
 g key-value heads (query head j reads key-value head floor(j / (h / g))), e head width.
@@ -21,8 +25,8 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 AttentionMask = Tensor | BlockMask | None
-"""None: causal, queries and keys are the same positions. Tensor: True, or 0.0 against -inf, where a
-query sees a key, (b or 1, 1, t, s). BlockMask: FlexAttention's."""
+"""None: a row is one document, queries and keys are the same positions. Tensor: True, or 0.0
+against -inf, where a query sees a key, (b or 1, 1, t, s). BlockMask: FlexAttention's."""
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 FLEX_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -30,8 +34,21 @@ FLEX_BLOCK = 128
 MAX_KEYS_BY_PRODUCTS = 512
 
 
-def attend(q_bhte: Tensor, k_bgse: Tensor, v_bgse: Tensor, *, mask: AttentionMask) -> Tensor:
-    """Softmax attention with scale 1 / sqrt(e); returns (b, h, t, e)."""
+def attend(
+    q_bhte: Tensor, k_bgse: Tensor, v_bgse: Tensor, *, mask: AttentionMask, causal: bool = True
+) -> Tensor:
+    """Softmax attention with scale 1 / sqrt(e).
+
+    Args:
+        q_bhte: Queries.
+        k_bgse: Keys.
+        v_bgse: Values.
+        mask: Who sees whom.
+        causal: What the mask None means: causal, or bidirectional.
+
+    Returns:
+        Mixed values (b, h, t, e).
+    """
     grouped = q_bhte.shape[1] != k_bgse.shape[1]
     if isinstance(mask, BlockMask):
         # An enclosing torch.compile takes the plain function into its own graph.
@@ -44,7 +61,7 @@ def attend(q_bhte: Tensor, k_bgse: Tensor, v_bgse: Tensor, *, mask: AttentionMas
         and q_bhte.dtype == torch.bfloat16
         and k_bgse.shape[2] <= MAX_KEYS_BY_PRODUCTS
     ):
-        return _attend_by_products(q_bhte, k_bgse, v_bgse, mask=mask)
+        return _attend_by_products(q_bhte, k_bgse, v_bgse, mask=mask, causal=causal)
     if grouped and mask is not None and q_bhte.is_cuda:
         # The CUDA kernels that take a mask take no groups; the fallback that takes both keeps
         # every score.
@@ -52,12 +69,17 @@ def attend(q_bhte: Tensor, k_bgse: Tensor, v_bgse: Tensor, *, mask: AttentionMas
         k_bgse, v_bgse = (x.repeat_interleave(group_size, dim=1) for x in (k_bgse, v_bgse))
         grouped = False
     return functional.scaled_dot_product_attention(
-        q_bhte, k_bgse, v_bgse, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+        q_bhte,
+        k_bgse,
+        v_bgse,
+        attn_mask=mask,
+        is_causal=causal and mask is None,
+        enable_gqa=grouped,
     )
 
 
 def _attend_by_products(
-    q_bhte: Tensor, k_bgse: Tensor, v_bgse: Tensor, *, mask: Tensor | None
+    q_bhte: Tensor, k_bgse: Tensor, v_bgse: Tensor, *, mask: Tensor | None, causal: bool
 ) -> Tensor:
     """The formula as written, for training in bfloat16 on CPU with short rows.
 
@@ -66,9 +88,8 @@ def _attend_by_products(
     """
     num_kv_heads, num_keys = k_bgse.shape[1:3]
     if mask is None:
-        mask = _additive(
-            torch.ones(1, 1, num_keys, num_keys, dtype=torch.bool).tril(), q_bhte.dtype
-        )
+        every = torch.ones(1, 1, num_keys, num_keys, dtype=torch.bool)
+        mask = _additive(every.tril() if causal else every, q_bhte.dtype)
     elif mask.dtype == torch.bool:
         mask = _additive(mask, q_bhte.dtype)
     q_bgjte = q_bhte.unflatten(1, (num_kv_heads, -1))  # type: ignore[no-untyped-call]
@@ -82,22 +103,40 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
 
-def packed_mask(position_ids: Tensor, *, head_dim: int, dtype: torch.dtype) -> Tensor | BlockMask:
+def packed_mask(
+    position_ids: Tensor,
+    *,
+    head_dim: int,
+    dtype: torch.dtype,
+    causal: bool = True,
+    prefix_length: Tensor | None = None,
+) -> Tensor | BlockMask:
     """Mask of rows that hold several documents; a document starts where a position is 0.
 
     Args:
         position_ids: Positions (b or 1, t), restarting at 0 at each document.
         head_dim: Width of one head.
         dtype: Of queries, keys and values.
+        causal: Whether a position sees nothing after it.
+        prefix_length: Positions of each row (b,) that all of their document sees nevertheless;
+            None: there are none.
 
     Returns:
         A block mask where FlexAttention can run (CUDA), else 0.0 and -inf, (b or 1, 1, t, t).
     """
     document_bt = (position_ids == 0).cumsum(dim=-1)
+    if prefix_length is not None:
+        document_bt = document_bt.expand(prefix_length.shape[0], -1)
     if position_ids.is_cuda and HAS_TRITON and dtype in FLEX_DTYPES and head_dim >= 16:
-        return _packed_block_mask(document_bt)
-    same_btt = document_bt[:, :, None] == document_bt[:, None, :]
-    return _additive(same_btt.tril()[:, None], dtype)
+        return _packed_block_mask(document_bt, causal=causal, prefix_length=prefix_length)
+    sees_bts = document_bt[:, :, None] == document_bt[:, None, :]
+    if prefix_length is not None:
+        key_s = torch.arange(document_bt.shape[1], device=document_bt.device)
+        in_prefix_bs = key_s < prefix_length[:, None]
+        sees_bts &= (key_s <= key_s[:, None]) | in_prefix_bs[:, None, :]
+    elif causal:
+        sees_bts = sees_bts.tril()
+    return _additive(sees_bts[:, None], dtype)
 
 
 def cached_mask(
@@ -107,6 +146,8 @@ def cached_mask(
     num_keys: int,
     attention_mask: Tensor | None,
     device: torch.device,
+    causal: bool = True,
+    prefix_length: Tensor | None = None,
 ) -> Tensor:
     """Explicit mask of new positions against a cache, and of padded rows.
 
@@ -119,21 +160,25 @@ def cached_mask(
         num_keys: Key positions attended to (s); with a static cache more than are filled.
         attention_mask: 1 for tokens, 0 for padding, (b, num_past + t); None: no padding.
         device: Where the mask is wanted.
+        causal: Whether a position sees nothing after it.
+        prefix_length: Positions of each row (b,), padding included, that all see nevertheless.
 
     Returns:
         Booleans (b or 1, 1, t, s).
     """
     query_t = torch.arange(batch_shape[1], device=device) + num_past
     key_s = torch.arange(num_keys, device=device)
-    causal_ts = key_s <= query_t[:, None]
+    sees_bts = (key_s <= query_t[:, None])[None] | (not causal)
+    if prefix_length is not None:
+        sees_bts = sees_bts | (key_s < prefix_length[:, None])[:, None, :]
     if attention_mask is None:
-        return causal_ts[None, None]
+        return sees_bts[:, None]
     real_bs = attention_mask[:, :num_keys].bool()
     if real_bs.shape[1] < num_keys:  # the unfilled end of a static cache; causality hides it
         real_bs = functional.pad(real_bs, (0, num_keys - real_bs.shape[1]), value=True)
     # A padding query sees itself, so that its softmax is not over nothing.
     itself_ts = key_s == query_t[:, None]
-    return ((causal_ts & real_bs[:, None, :]) | itself_ts)[:, None]
+    return ((sees_bts & real_bs[:, None, :]) | itself_ts)[:, None]
 
 
 @functools.cache
@@ -145,12 +190,15 @@ def _compiled_flex() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def _packed_block_mask(document_bt: Tensor) -> BlockMask:
+def _packed_block_mask(
+    document_bt: Tensor, *, causal: bool = True, prefix_length: Tensor | None = None
+) -> BlockMask:
     """Block mask from the first and last document of each block, without any (t, t) tensor.
 
-    Document numbers rise along a row. A block of queries therefore meets an earlier block of keys
-    if the keys' last document has not ended before the queries' first, and meets all of it if both
-    hold one and the same document. The block on the diagonal is always met in part.
+    Document numbers rise along a row. Two blocks therefore share a document if neither's last one
+    has ended before the other's first, and hold one and the same if all four are equal. The block
+    on the diagonal is always met in part, as is the last one if it is not full: keys past the end
+    are cut off there.
     """
     length = document_bt.shape[1]
     num_blocks = -(-length // FLEX_BLOCK)
@@ -159,13 +207,25 @@ def _packed_block_mask(document_bt: Tensor) -> BlockMask:
     blocks = torch.cat((document_bt, last_bt), dim=1).unflatten(1, (num_blocks, FLEX_BLOCK))  # type: ignore[no-untyped-call]
     first_bn, last_bn = blocks[:, :, 0], blocks[:, :, -1]
     order = torch.arange(num_blocks, device=document_bt.device)
-    before, diagonal = order[:, None] > order, order[:, None] == order
-    meets = before & (last_bn[:, None, :] >= first_bn[:, :, None])
-    whole = before & (first_bn[:, None, :] == last_bn[:, :, None])
+    before, diagonal = order < order[:, None], order == order[:, None]
+    any_seen, all_seen = before | (not causal), before | (not causal)
+    if prefix_length is not None:
+        start_n = order * FLEX_BLOCK
+        any_seen = any_seen | (start_n < prefix_length[:, None])[:, None, :]
+        all_seen = all_seen | (start_n + FLEX_BLOCK <= prefix_length[:, None])[:, None, :]
+    first_q, last_q = first_bn[:, :, None], last_bn[:, :, None]
+    first_k, last_k = first_bn[:, None, :], last_bn[:, None, :]
+    meets = any_seen & (last_k >= first_q) & (first_k <= last_q)
+    one_document = (first_q == last_q) & (first_k == last_k) & (first_q == first_k)
+    is_full = (order + 1) * FLEX_BLOCK <= length
+    whole = all_seen & one_document & ~diagonal & is_full
 
     def sees(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
         del h
-        return (t >= s) & (document_bt[b, t] == document_bt[b, s])
+        same = document_bt[b, t] == document_bt[b, s]
+        if prefix_length is not None:
+            return same & ((t >= s) | (s < prefix_length[b]))
+        return same & (t >= s) if causal else same
 
     num_partial, partial = _block_lists((meets & ~whole) | diagonal)
     num_whole, whole_indices = _block_lists(whole)

@@ -47,11 +47,17 @@ class _RegistrationHook:
             auto_config.register(SamaraConfig.model_type, SamaraConfig, exist_ok=True)
             self.has_config = True
         if not self.has_model and AUTO_MODEL in sys.modules:
+            from samara.model.classification import SamaraForSequenceClassification
+            from samara.model.masked_lm import SamaraForMaskedLM
             from samara.model.modeling import SamaraForCausalLM, SamaraModel
 
             auto, config = sys.modules[AUTO_MODEL], SamaraForCausalLM.config_class
             auto.AutoModel.register(config, SamaraModel, exist_ok=True)
             auto.AutoModelForCausalLM.register(config, SamaraForCausalLM, exist_ok=True)
+            auto.AutoModelForMaskedLM.register(config, SamaraForMaskedLM, exist_ok=True)
+            auto.AutoModelForSequenceClassification.register(
+                config, SamaraForSequenceClassification, exist_ok=True
+            )
             self.has_model = True
 
     def find_spec(

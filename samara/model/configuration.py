@@ -20,7 +20,7 @@ from samara.model.config import PROJECTIONS, ModelConfig, Projection
 
 
 class SamaraConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
-    """Configuration of :class:`~samara.model.modeling.SamaraForCausalLM`.
+    """Configuration of :class:`~samara.model.modeling.SamaraModel` under any of its heads.
 
     Attributes:
         vocab_size: Rows of the embedding.
@@ -33,6 +33,7 @@ class SamaraConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         ranks: Bottleneck width of each layer's low-rank projections (CoLA): one number for all
             seven, or a mapping by projection; 0 is a dense projection. None: all dense.
         cola_activation: ``low_rank_only`` or ``both`` (SwiGLU's SiLU kept on the gate).
+        attention: ``causal``, or ``bidirectional``: what a position sees within its document.
         qk_norm: RMSNorm on queries and keys before RoPE.
         tie_word_embeddings: Whether the embedding is also the output matrix.
         max_position_embeddings: Context length trained for.
@@ -60,6 +61,7 @@ class SamaraConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     ffn_dims: list[int] | None = None
     ranks: list[int | dict[str, int]] | None = None
     cola_activation: str = "low_rank_only"
+    attention: str = "causal"
     qk_norm: bool = True
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 2048
@@ -117,6 +119,7 @@ class SamaraConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         cls,
         design: ModelConfig,
         *,
+        attention: str = "causal",
         bos_token_id: int | None = None,
         eos_token_id: int | list[int] | None = None,
         pad_token_id: int | None = None,
@@ -125,6 +128,7 @@ class SamaraConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 
         Args:
             design: The ``model:`` section of a recipe; it must name ``vocab_size``.
+            attention: ``causal`` or ``bidirectional``; the objective decides it.
             bos_token_id: Token that begins a document; None: the tokenizer has none.
             eos_token_id: Token, or tokens, that end generation.
             pad_token_id: Token that fills up short rows.
@@ -145,6 +149,7 @@ class SamaraConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
             ffn_dims=_as_list(design.ffn_dim),
             ranks=None if cola is None else _as_list(cola.rank),
             cola_activation="low_rank_only" if cola is None else cola.activation,
+            attention=attention,
             qk_norm=design.qk_norm,
             tie_word_embeddings=design.tie_word_embeddings,
             max_position_embeddings=design.max_position_embeddings,
@@ -176,6 +181,10 @@ def _as_list(value: Any) -> list[Any]:
 
 def _parse_design(config: SamaraConfig) -> ModelConfig:
     """Check the fields by the recipe's rules; lists that are missing follow from the numbers."""
+    if config.attention not in ("bidirectional", "causal"):
+        raise ConfigError(
+            f"attention: unknown value {config.attention!r} (known: bidirectional, causal)"
+        )
     if config.initializer not in ("openelm", "normal"):
         raise ConfigError(
             f"initializer: unknown value {config.initializer!r} (known: normal, openelm)"

@@ -138,10 +138,12 @@ class LayerContext:
     rotary: RotaryTables
     mask: AttentionMask
     cache: Cache | None
+    causal: bool = True
+    """What the mask None means (:func:`~samara.model.attention.attend`)."""
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with QK-norm and rotary positions."""
+    """Grouped-query attention with QK-norm and rotary positions."""
 
     def __init__(self, config: SamaraConfig, layer: int) -> None:
         super().__init__()
@@ -162,7 +164,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
     def forward(self, x_btd: Tensor, context: LayerContext) -> Tensor:
-        """Attend from each position to the allowed ones before it."""
+        """Attend from each position to those that it sees."""
         x_btd = to_compute_dtype(x_btd)
         heads = (*x_btd.shape[:2], -1, self.head_dim)
         q_bthe = self.q_proj(x_btd).view(heads)
@@ -176,7 +178,7 @@ class Attention(nn.Module):
         v_bgse = v_btge.transpose(1, 2)
         if context.cache is not None:
             k_bgse, v_bgse = context.cache.update(k_bgse, v_bgse, self.layer)
-        mixed_bhte = attend(q_bhte, k_bgse, v_bgse, mask=context.mask)
+        mixed_bhte = attend(q_bhte, k_bgse, v_bgse, mask=context.mask, causal=context.causal)
         return self.o_proj(mixed_bhte.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 

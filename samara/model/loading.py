@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,18 +18,40 @@ from transformers.utils import logging
 
 from samara.errors import CheckpointError, ConfigError
 from samara.model.configuration import SamaraConfig
-from samara.model.modeling import SamaraForCausalLM
+from samara.model.modeling import SamaraForCausalLM, SamaraPreTrainedModel
 
 Shape = tuple[int, ...]
+ModelT = TypeVar("ModelT", bound=SamaraPreTrainedModel)
+
+
+@overload
+def load_model(
+    folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> SamaraForCausalLM: ...
+
+
+@overload
+def load_model(
+    folder: Path,
+    *,
+    model_class: type[ModelT],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> ModelT: ...
 
 
 def load_model(
-    folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-) -> SamaraForCausalLM:
+    folder: Path,
+    *,
+    model_class: type[SamaraPreTrainedModel] = SamaraForCausalLM,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> SamaraPreTrainedModel:
     """Load a model saved by :func:`save_model` or ``save_pretrained``.
 
     Args:
         folder: Holds ``config.json`` and ``model.safetensors`` (or its shards and their index).
+        model_class: The class that was saved.
         dtype: Of the weights in memory. Left out: as saved.
         device: Where to. Left out: CPU.
 
@@ -38,9 +60,11 @@ def load_model(
     """
     folder = Path(folder)
     config = _read_config(folder)
-    _compare(folder, found=_tensor_shapes(folder), expected=_expected_shapes(config))
+    _compare(
+        folder, found=_tensor_shapes(folder), expected=_expected_shapes(folder, config, model_class)
+    )
     with _no_progress_bars():
-        model: SamaraForCausalLM = SamaraForCausalLM.from_pretrained(
+        model: SamaraPreTrainedModel = model_class.from_pretrained(
             folder, config=config, dtype=dtype or "auto", local_files_only=True
         )
     if device is not None:
@@ -48,7 +72,7 @@ def load_model(
     return model
 
 
-def save_model(model: SamaraForCausalLM, folder: Path) -> None:
+def save_model(model: SamaraPreTrainedModel, folder: Path) -> None:
     """Write ``config.json``, ``generation_config.json`` and ``model.safetensors`` to ``folder``."""
     with _no_progress_bars():
         model.save_pretrained(folder)
@@ -113,12 +137,17 @@ def _tensor_shapes(folder: Path) -> dict[str, Shape]:
     return shapes
 
 
-def _expected_shapes(config: SamaraConfig) -> dict[str, Shape]:
-    with torch.device("meta"):
-        model = SamaraForCausalLM(config)
+def _expected_shapes(
+    folder: Path, config: SamaraConfig, model_class: type[SamaraPreTrainedModel]
+) -> dict[str, Shape]:
+    try:
+        with torch.device("meta"):
+            model = model_class(config)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     state: dict[str, Any] = model.state_dict()
     if config.tie_word_embeddings:
-        del state["lm_head.weight"]  # saved once, as the embedding
+        state.pop("lm_head.weight", None)  # saved once, as the embedding
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 

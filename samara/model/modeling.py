@@ -1,8 +1,9 @@
-"""The model: a stack of blocks under a causal language-model head, as Hugging Face classes.
+"""The model: a stack of blocks, and the causal language model on it, as Hugging Face classes.
 
 Module names are those of Llama, so that tools find what they look for. Packed rows: with neither
 ``attention_mask`` nor cache, ``position_ids`` that restart at 0 mark documents, and no position
-attends to another document.
+attends to another document. The other heads: :mod:`samara.model.masked_lm`,
+:mod:`samara.model.classification`.
 
 Shapes: b batch, t positions, d hidden, v vocabulary.
 """
@@ -145,6 +146,7 @@ class SamaraModel(SamaraPreTrainedModel):  # type: ignore[no-untyped-call]
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        prefix_length: Tensor | None = None,
         **unused: Any,
     ) -> BaseModelOutputWithPast:
         """Return the normed hidden states of each position.
@@ -159,15 +161,21 @@ class SamaraModel(SamaraPreTrainedModel):  # type: ignore[no-untyped-call]
             inputs_embeds: Embedded tokens (b, t, d) in place of ``input_ids``.
             use_cache: Return a cache. Left out: only if one is given.
             output_hidden_states: Also return the residual stream before each layer, and the result.
+            prefix_length: Prefix LM: how many positions of each row (b,), padding included, all
+                positions of their document see, also those before them. Left out: none.
             **unused: Options of other models that generic tools pass.
+
+        Raises:
+            ConfigError: If the arguments exclude each other, or the model's kind of attention.
         """
         del unused
+        self._check_arguments(attention_mask, past_key_values, use_cache, prefix_length)
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("input_ids: give exactly one of input_ids and inputs_embeds")
         x_btd = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        context = self._context(x_btd, attention_mask, position_ids, past_key_values)
+        context = self._context(x_btd, attention_mask, position_ids, past_key_values, prefix_length)
         wants_states = (
             self.config.output_hidden_states
             if output_hidden_states is None
@@ -191,10 +199,12 @@ class SamaraModel(SamaraPreTrainedModel):  # type: ignore[no-untyped-call]
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         cache: Cache | None,
+        prefix_length: Tensor | None = None,
     ) -> LayerContext:
         """Positions, rotary tables and mask: computed once, shared by all layers."""
         batch, length, _ = x_btd.shape
         device, head_dim = x_btd.device, self.config.head_dim
+        causal = self.config.attention == "causal"
         # A static cache hands out its own counter, which the layers will move: copy it.
         num_past = cache.get_seq_length() + 0 if cache is not None else 0
         mask: AttentionMask
@@ -202,10 +212,18 @@ class SamaraModel(SamaraPreTrainedModel):  # type: ignore[no-untyped-call]
             is_bool = attention_mask.dtype == torch.bool
             mask = attention_mask if is_bool else attention_mask.to(compute_dtype(x_btd))
         elif attention_mask is None and cache is None:
+            if position_ids is None and prefix_length is not None:
+                position_ids = torch.arange(length, device=device)[None]
             mask = (
                 None
                 if position_ids is None
-                else packed_mask(position_ids, head_dim=head_dim, dtype=compute_dtype(x_btd))
+                else packed_mask(
+                    position_ids,
+                    head_dim=head_dim,
+                    dtype=compute_dtype(x_btd),
+                    causal=causal,
+                    prefix_length=prefix_length,
+                )
             )
         else:
             mask = cached_mask(
@@ -214,6 +232,8 @@ class SamaraModel(SamaraPreTrainedModel):  # type: ignore[no-untyped-call]
                 num_keys=length if cache is None else cache.get_mask_sizes(length, 0)[0],
                 attention_mask=attention_mask,
                 device=device,
+                causal=causal,
+                prefix_length=prefix_length,
             )
         if position_ids is None:
             if attention_mask is not None and attention_mask.dim() == 2:
@@ -226,7 +246,28 @@ class SamaraModel(SamaraPreTrainedModel):  # type: ignore[no-untyped-call]
             theta=self.config.rope_theta,
             dtype=torch.float64 if x_btd.dtype == torch.float64 else torch.float32,
         )
-        return LayerContext(rotary=rotary, mask=mask, cache=cache)
+        return LayerContext(rotary=rotary, mask=mask, cache=cache, causal=causal)
+
+    def _check_arguments(
+        self,
+        attention_mask: Tensor | None,
+        cache: Cache | None,
+        use_cache: bool | None,
+        prefix_length: Tensor | None,
+    ) -> None:
+        if prefix_length is not None and attention_mask is not None and attention_mask.dim() == 4:
+            raise ConfigError(
+                "prefix_length: a ready attention_mask already holds it; leave it out"
+            )
+        if self.config.attention == "causal":
+            return
+        if use_cache or cache is not None:
+            raise ConfigError(
+                "use_cache: a bidirectional model has no cache, since later positions change "
+                "earlier ones; leave it out"
+            )
+        if prefix_length is not None:
+            raise ConfigError("prefix_length: needs causal attention, this model is bidirectional")
 
 
 class SamaraForCausalLM(SamaraPreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
@@ -236,6 +277,11 @@ class SamaraForCausalLM(SamaraPreTrainedModel, GenerationMixin):  # type: ignore
 
     def __init__(self, config: SamaraConfig) -> None:
         super().__init__(config)
+        if config.attention != "causal":
+            raise ConfigError(
+                f"attention: a causal language model cannot be {config.attention}; load this one "
+                "with AutoModelForMaskedLM"
+            )
         self.model = SamaraModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()  # type: ignore[no-untyped-call]
@@ -251,6 +297,7 @@ class SamaraForCausalLM(SamaraPreTrainedModel, GenerationMixin):  # type: ignore
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        prefix_length: Tensor | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: int | Tensor | None = None,
         **unused: Any,
@@ -270,6 +317,7 @@ class SamaraForCausalLM(SamaraPreTrainedModel, GenerationMixin):  # type: ignore
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            prefix_length=prefix_length,
             **unused,
         )
         x_btd: Tensor = outputs.last_hidden_state
@@ -277,7 +325,7 @@ class SamaraForCausalLM(SamaraPreTrainedModel, GenerationMixin):  # type: ignore
         logits_btv: Any = self.lm_head(x_btd[:, kept])
         loss: Any = None
         if labels is not None:
-            loss = _shifted_loss(logits_btv, labels, num_items_in_batch)
+            loss = mean_loss(logits_btv[:, :-1], labels[:, 1:], num_items_in_batch)
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits_btv,
@@ -315,11 +363,17 @@ def set_activation_checkpointing(
                 module.gradient_checkpointing = mode != "none"
 
 
-def _shifted_loss(
-    logits_btv: Tensor, labels: Tensor, num_items_in_batch: int | Tensor | None
+def mean_loss(
+    logits_btv: Tensor, targets_bt: Tensor, num_items_in_batch: int | Tensor | None
 ) -> Tensor:
-    logits = logits_btv[:, :-1].flatten(0, 1)
-    targets = labels[:, 1:].flatten().to(logits.device)
+    """Cross-entropy in float32 or better, over the targets that are not -100.
+
+    Args:
+        logits_btv: Logits.
+        targets_bt: What each position should say.
+        num_items_in_batch: What the sum is divided by. None: the targets counted.
+    """
+    logits, targets = logits_btv.flatten(0, 1), targets_bt.flatten().to(logits_btv.device)
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     total = functional.cross_entropy(logits, targets, reduction="sum")

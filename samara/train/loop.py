@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import PreTrainedModel
 
-from samara.data.tokens import Batch
+from samara.data.rows import Batch
 from samara.errors import NonFiniteLossError, Stopped
 from samara.train.checkpoint import TrainingState, Window
 from samara.train.objective import Objective, count_targets

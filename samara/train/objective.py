@@ -13,7 +13,8 @@ from typing import Protocol
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from samara.data.tokens import IGNORE_INDEX, Batch
+from samara.data.rows import Batch
+from samara.data.tokens import IGNORE_INDEX
 from samara.model.cross_entropy import linear_cross_entropy
 
 

@@ -40,7 +40,14 @@ class Origin:
         """Make the model, in float32 on the CPU; fresh weights come from torch's generator."""
         if self.folder is not None:
             return load_model(self.folder, dtype=torch.float32)
-        return SamaraForCausalLM(SamaraConfig.from_design(self.design, **corpus.special_tokens))
+        tokens = corpus.special_tokens
+        config = SamaraConfig.from_design(
+            self.design,
+            bos_token_id=tokens["bos_token_id"],
+            eos_token_id=tokens["eos_token_id"],
+            pad_token_id=tokens["pad_token_id"],
+        )
+        return SamaraForCausalLM(config)
 
 
 def find_origin(config: PretrainConfig, corpus: PreparedCorpus) -> Origin:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from samara.data.tokens import Batch
+from samara.data.rows import Batch
 from samara.model.config import ModelConfig
 from samara.model.configuration import SamaraConfig
 from samara.model.modeling import SamaraForCausalLM, set_activation_checkpointing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from samara.model.attention import attend
 from samara.model.configuration import SamaraConfig
 from samara.model.layers import FeedForward, RMSNorm, apply_rotary, rotary_tables
+from samara.model.masked_lm import SamaraForMaskedLM
 from samara.model.modeling import SamaraForCausalLM
 
 EPS = 1e-6
@@ -33,15 +35,26 @@ def rotate(x_te: Tensor, positions: list[int], theta: float) -> Tensor:
     return torch.cat((turned.real, turned.imag), dim=-1)
 
 
-def attention_by_loops(q_hte: Tensor, k_gse: Tensor, v_gse: Tensor, group: int) -> Tensor:
+def causal(t: int, s: int) -> bool:
+    return s <= t
+
+
+def attention_by_loops(
+    q_hte: Tensor,
+    k_gse: Tensor,
+    v_gse: Tensor,
+    group: int,
+    sees: Callable[[int, int], bool] = causal,
+) -> Tensor:
     """One softmax at a time; query head j reads key-value head floor(j / group)."""
     heads = []
     for j, q_te in enumerate(q_hte):
         k_se, v_se = k_gse[j // group], v_gse[j // group]
         rows = []
         for t, q_e in enumerate(q_te):
-            scores = (k_se[: t + 1] @ q_e) / math.sqrt(q_e.shape[0])
-            rows.append(torch.exp(scores - torch.logsumexp(scores, 0)) @ v_se[: t + 1])
+            seen = [s for s in range(len(k_se)) if sees(t, s)]
+            scores = (k_se[seen] @ q_e) / math.sqrt(q_e.shape[0])
+            rows.append(torch.exp(scores - torch.logsumexp(scores, 0)) @ v_se[seen])
         heads.append(torch.stack(rows))
     return torch.stack(heads)
 
@@ -50,7 +63,12 @@ def silu(x: Tensor) -> Tensor:
     return x / (1 + torch.exp(-x))
 
 
-def model_by_hand(model: SamaraForCausalLM, ids_t: Tensor) -> Tensor:
+def model_by_hand(
+    model: SamaraForCausalLM | SamaraForMaskedLM,
+    ids_t: Tensor,
+    sees: Callable[[int, int], bool] = causal,
+    positions: list[int] | None = None,
+) -> Tensor:
     """Logits of one row by the functions above, reading the weights by name."""
     config, weights = model.config, dict(model.named_parameters())
 
@@ -60,7 +78,7 @@ def model_by_hand(model: SamaraForCausalLM, ids_t: Tensor) -> Tensor:
         return silu(x @ weights[f"{name}.cola_a"]) @ weights[f"{name}.cola_b"]
 
     x = weights["model.embed_tokens.weight"][ids_t]
-    positions = list(range(len(ids_t)))
+    positions = positions or list(range(len(ids_t)))
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}"
         n1 = rms_norm(x, weights[f"{prefix}.input_layernorm.weight"])
@@ -75,7 +93,7 @@ def model_by_hand(model: SamaraForCausalLM, ids_t: Tensor) -> Tensor:
             k = rms_norm(k, weights[f"{prefix}.self_attn.k_norm.weight"])
         q = torch.stack([rotate(head, positions, config.rope_theta) for head in q])
         k = torch.stack([rotate(head, positions, config.rope_theta) for head in k])
-        mixed = attention_by_loops(q, k, v, q.shape[0] // k.shape[0])
+        mixed = attention_by_loops(q, k, v, q.shape[0] // k.shape[0], sees)
         x = x + project(f"{prefix}.self_attn.o_proj", mixed.transpose(0, 1).flatten(1))
         n2 = rms_norm(x, weights[f"{prefix}.post_attention_layernorm.weight"])
         gate, up = (project(f"{prefix}.mlp.{name}_proj", n2) for name in ("gate", "up"))
@@ -137,6 +155,73 @@ def test_model_equals_the_formulas(fields: dict[str, object]) -> None:
         model.named_parameters(), gradients, expected_gradients, strict=True
     ):
         torch.testing.assert_close(gradient, wanted, rtol=1e-9, atol=1e-10, msg=name)
+
+
+def make_small(model_class: type, **fields: object) -> SamaraForCausalLM | SamaraForMaskedLM:
+    torch.manual_seed(6)
+    design = {
+        "vocab_size": 17,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+        "num_query_heads": [2, 4],
+        "num_kv_heads": [1, 2],
+        "ffn_dims": [8, 24],
+        "ranks": [0, 5],
+    }
+    return model_class(SamaraConfig(**design, **fields)).double()
+
+
+def assert_equal_in_value_and_gradient(
+    model: torch.nn.Module, logits: Tensor, expected: Tensor
+) -> None:
+    parameters = list(model.parameters())
+    probe = torch.randn(logits.shape, generator=torch.Generator().manual_seed(7)).double()
+    torch.testing.assert_close(logits, expected, rtol=1e-11, atol=1e-11)
+    gradients = torch.autograd.grad((logits * probe).sum(), parameters)
+    wanted = torch.autograd.grad((expected * probe).sum(), parameters)
+    for gradient, other in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-9, atol=1e-10)
+
+
+# Two documents, of 4 and 5 tokens.
+POSITIONS = [0, 1, 2, 3, 0, 1, 2, 3, 4]
+
+
+def same(t: int, s: int) -> bool:
+    return (t < 4) == (s < 4)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_bidirectional_model_equals_the_formulas(packed: bool) -> None:
+    model = make_small(SamaraForMaskedLM, attention="bidirectional")
+    ids = torch.randint(0, 17, (1, 9), generator=torch.Generator().manual_seed(8))
+    if packed:
+        logits = model(ids, position_ids=torch.tensor([POSITIONS])).logits
+        expected = model_by_hand(model, ids[0], same, POSITIONS)
+    else:
+        logits = model(ids).logits
+        expected = model_by_hand(model, ids[0], lambda t, s: True)
+    assert_equal_in_value_and_gradient(model, logits, expected[None])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("prefix", [0, 3, 6, 9])
+def test_prefix_model_equals_the_formulas(prefix: int, packed: bool) -> None:
+    """Also with a second document, whose part of the prefix only it sees."""
+    model = make_small(SamaraForCausalLM)
+    ids = torch.randint(0, 17, (1, 9), generator=torch.Generator().manual_seed(9))
+    options = {"prefix_length": torch.tensor([prefix])}
+    positions = POSITIONS if packed else list(range(9))
+    if packed:
+        options["position_ids"] = torch.tensor([positions])
+    expected = model_by_hand(
+        model,
+        ids[0],
+        lambda t, s: (same(t, s) or not packed) and (s <= t or s < prefix),
+        positions,
+    )
+    assert_equal_in_value_and_gradient(model, model(ids, **options).logits, expected[None])
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (6, 2), (4, 1)])

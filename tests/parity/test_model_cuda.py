@@ -9,7 +9,12 @@ import torch
 
 from samara.model.configuration import SamaraConfig
 from samara.model.cross_entropy import linear_cross_entropy, per_token_nll
-from samara.model.modeling import SamaraForCausalLM, set_activation_checkpointing
+from samara.model.masked_lm import SamaraForMaskedLM
+from samara.model.modeling import (
+    SamaraForCausalLM,
+    SamaraPreTrainedModel,
+    set_activation_checkpointing,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -19,8 +24,12 @@ DOCUMENTS = ((256, 1, 300, 143), (700,), (128, 128, 444), (5,) * 140)
 
 
 def make_model(*, low_rank: bool, dtype: torch.dtype = torch.float32) -> SamaraForCausalLM:
+    return SamaraForCausalLM(make_config(low_rank=low_rank)).to("cuda", dtype)
+
+
+def make_config(*, low_rank: bool, attention: str = "causal") -> SamaraConfig:
     torch.manual_seed(0)
-    config = SamaraConfig(
+    return SamaraConfig(
         vocab_size=VOCAB,
         hidden_size=256,
         num_hidden_layers=2,
@@ -29,8 +38,8 @@ def make_model(*, low_rank: bool, dtype: torch.dtype = torch.float32) -> SamaraF
         num_kv_heads=[1, 2],
         ffn_dims=[256, 512],
         ranks=[64, 64] if low_rank else None,
+        attention=attention,
     )
-    return SamaraForCausalLM(config).to("cuda", dtype)
 
 
 def packed_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -109,6 +118,31 @@ def test_compiled_model_agrees(mode: str) -> None:
     assert abs(loss.item() - other_loss.item()) < 2e-2
     for name, gradient in gradients.items():
         assert relative(other[name], gradient) < 5e-2, name
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "prefix"])
+def test_other_rules_by_flex_equal_the_masked_formula(attention: str) -> None:
+    """Values and gradients in float32 against float64, which takes SDPA with an explicit mask."""
+    ids, _, positions = packed_batch()
+    options = {"position_ids": positions}
+    if attention == "prefix":
+        options["prefix_length"] = torch.tensor([300, 129, 0, 700], device="cuda")
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        model: SamaraPreTrainedModel
+        if attention == "prefix":
+            model = SamaraForCausalLM(make_config(low_rank=True))
+        else:
+            model = SamaraForMaskedLM(make_config(low_rank=True, attention=attention))
+        model.to("cuda", dtype)
+        hidden = model.model(input_ids=ids, **options).last_hidden_state
+        hidden.square().mean().backward()
+        gradients = {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
+        results.append((hidden.detach().double(), gradients))
+    (hidden, gradients), (exact, expected) = results
+    assert relative(hidden, exact) < 1e-3
+    for name, gradient in gradients.items():
+        assert relative(gradient, expected[name]) < 5e-3, name
 
 
 def test_generation_with_static_cache() -> None:

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from samara.data.loader import epoch_permutation, evaluation_batches, training_batches
-from samara.data.tokens import Batch, PackedSequences, TokenShards
+from samara.data.masked_lm import MaskedRows, MaskingRule
+from samara.data.rows import Batch, Rows
+from samara.data.tokens import PackedSequences, TokenShards
 from samara.errors import ConfigError
 
 
@@ -20,7 +22,7 @@ def rows(shards: TokenShards) -> PackedSequences:
     return PackedSequences(shards, sequence_length=32)
 
 
-def take(rows: PackedSequences, **options: Any) -> list[list[Batch]]:
+def take(rows: Rows, **options: Any) -> list[list[Batch]]:
     settings = {"batch_size": 4, "micro_batch_size": 2, "seed": 0, "start_step": 0, "num_steps": 20}
     return list(training_batches(rows, **{**settings, **options}))
 
@@ -56,6 +58,27 @@ def test_every_epoch_reads_every_row_once_in_a_new_order(rows: PackedSequences) 
     epochs = [numbers[start : start + size] for start in range(0, 3 * size, size)]
     assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != list(range(size))
+
+
+def test_numbers_past_the_end_are_the_same_rows(rows: PackedSequences) -> None:
+    size = len(rows)
+    first, later = rows.batch([0, size - 1]), rows.batch([2 * size, 4 * size - 1])
+    assert all(torch.equal(first[name], later[name]) for name in first)
+
+
+def test_noise_differs_between_epochs_and_not_between_readings(rows: PackedSequences) -> None:
+    rule = MaskingRule(mask_token_id=3, special_token_ids=(0, 1, 2, 3), vocab_size=50)
+    masked = MaskedRows(rows, rule=rule, seed=1)
+    size = len(masked)
+    options = {"batch_size": size, "micro_batch_size": size}
+    for epoch, (batch,) in enumerate(take(masked, num_steps=3, **options)):
+        order = epoch_permutation(size, seed=0, epoch=epoch)
+        expected = masked.batch((order + epoch * size).tolist())
+        assert all(torch.equal(batch[name], expected[name]) for name in batch)
+        # The text of a row stays, its masks do not.
+        assert torch.equal(batch["document_ids"], rows.batch(order.tolist())["document_ids"])
+        if epoch:
+            assert not torch.equal(batch["targets"], masked.batch(order.tolist())["targets"])
 
 
 def test_starting_later_continues(rows: PackedSequences) -> None:

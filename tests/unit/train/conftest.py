@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from samara.data.tokens import Batch
+from samara.data.rows import Batch
 from samara.model.config import ColaConfig, ModelConfig
 from samara.model.configuration import SamaraConfig
 from samara.model.modeling import SamaraForCausalLM

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from samara.data.tokens import Batch
+from samara.data.rows import Batch
 from samara.errors import NonFiniteLossError, Stopped
 from samara.model.modeling import SamaraForCausalLM
 from samara.train.checkpoint import TrainingState

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from samara.data.tokens import Batch
+from samara.data.rows import Batch
 from samara.errors import ResourceError
 from samara.model.modeling import SamaraForCausalLM
 from samara.train.checkpoint import named_weights
