@@ -159,7 +159,13 @@ def report(
 
 @app.command()
 def design(
-    recipes: Annotated[list[Path], typer.Argument(help="Recipes with a pretrain section.")],
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            help="Recipes with a pretrain section; what has a '=' is a setting laid over each.",
+            metavar="RECIPE... [KEY=VALUE]...",
+        ),
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     device: Annotated[
         str | None, typer.Option(help="Device profile (a name or a YAML file) for time and cost.")
@@ -172,8 +178,16 @@ def design(
     from samara.designs import design_inputs
     from samara.measure.design import design_data, design_text
 
-    data = design_data(design_inputs(recipes), device=device)
+    recipes, overrides = _recipes_and_settings(arguments)
+    data = design_data(design_inputs(recipes, overrides), device=device)
     typer.echo(json.dumps(data, indent=2) if as_json else design_text(data))
+
+
+def _recipes_and_settings(arguments: list[str]) -> tuple[list[Path], list[str]]:
+    recipes = [Path(argument) for argument in arguments if "=" not in argument]
+    if not recipes:
+        raise ConfigError(f"{arguments[0]}: is a setting; give the recipe that it changes, too")
+    return recipes, [argument for argument in arguments if "=" in argument]
 
 
 @app.command()

@@ -171,9 +171,12 @@ def _estimate(
 
 
 def design_text(data: Mapping[str, Any]) -> str:
-    """Lay out what :func:`design_data` returned: designs side by side, then each one's layers."""
+    """Lay out what :func:`design_data` returned: designs side by side, then each one's layers.
+
+    Later designs' figures carry their difference from the first design's, in percent.
+    """
     designs: Sequence[Mapping[str, Any]] = data.get("designs") or [data]
-    console = Console(file=io.StringIO(), width=max(TEXT_WIDTH, 24 + 18 * len(designs)))
+    console = Console(file=io.StringIO(), width=max(TEXT_WIDTH, 28 + 27 * len(designs)))
     console.print(_comparison(designs))
     for line in dict.fromkeys(_assumption(design["estimate"]) for design in designs):
         console.print(line, style="none", highlight=False)
@@ -182,38 +185,6 @@ def design_text(data: Mapping[str, Any]) -> str:
     output = console.file
     assert isinstance(output, io.StringIO)
     return "\n".join(line.rstrip() for line in output.getvalue().splitlines()).strip("\n")
-
-
-ROWS: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
-    ("parameters", lambda d: f"{d['parameters']:,}"),
-    ("  embedding and head", lambda d: f"{d['embedding_parameters']:,}"),
-    ("  the rest", lambda d: f"{d['non_embedding_parameters']:,}"),
-    ("FLOPs per token, training", lambda d: _si(d["flops_per_token"], "FLOP")),
-    ("  forward", lambda d: _si(d["forward_flops_per_token"], "FLOP")),
-    ("  recomputed on top", lambda d: _si(d["recompute_flops_per_token"], "FLOP")),
-    ("KV cache per token, 16 bit", lambda d: _si(d["kv_cache_bytes_per_token"], "B")),
-    ("memory of training", lambda d: _si(d["memory"]["total"], "B")),
-    ("  weights", lambda d: _si(d["memory"]["weights"], "B")),
-    ("  gradients", lambda d: _si(d["memory"]["gradients"], "B")),
-    ("  optimizer", lambda d: _si(d["memory"]["optimizer"], "B")),
-    ("  activations", lambda d: _si(d["memory"]["activations"], "B")),
-    ("token budget", lambda d: _si(d["training"]["tokens"], "")),
-    ("FLOPs of the run", lambda d: _si(d["training"]["flops"], "FLOP")),
-    ("estimated tokens/s", lambda d: f"{d['estimate']['tokens_per_second']:,.0f}"),
-    ("estimated time", lambda d: _time(d["estimate"]["seconds"])),
-    ("estimated energy", lambda d: f"{d['estimate']['energy_kwh']:,.4g} kWh"),
-    ("estimated cost", lambda d: _money(d["estimate"])),
-)
-
-
-def _comparison(designs: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
-    for design in designs:
-        table.add_column(design["name"], justify="right")
-    for label, show in ROWS:
-        table.add_row(label, *(show(design) for design in designs))
-    return table
 
 
 def _assumption(estimate: Mapping[str, Any]) -> str:
@@ -269,9 +240,8 @@ def _si(value: float, unit: str) -> str:
     return f"{value:,.3g} Z{unit}"
 
 
-def _money(estimate: Mapping[str, Any]) -> str:
-    amount = f"{estimate['cost']:,.2f}" if estimate["cost"] >= 1 else f"{estimate['cost']:.2g}"
-    return f"{amount} {estimate['currency']}"
+def _money(amount: float) -> str:
+    return f"{amount:,.2f}" if amount >= 1 else f"{amount:.2g}"
 
 
 def _time(seconds: float) -> str:
@@ -279,3 +249,85 @@ def _time(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / (size / 2):,.3g} {unit}"
     return f"{seconds:.3g} s"
+
+
+def _whole(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _flops(value: float) -> str:
+    return _si(value, "FLOP")
+
+
+def _bytes(value: float) -> str:
+    return _si(value, "B")
+
+
+def _percent(change: float) -> str:
+    """A change in percent: ``-38%``, ``+2.4%``, ``+-0%``; what is over tenfold as a factor."""
+    if abs(change) < 0.0005:
+        return "±0%"
+    if change > 9:
+        return f"x{change + 1:,.3g}"
+    return f"{change:+.1%}" if abs(change) < 0.0995 else f"{change:+.0%}"
+
+
+# --- side by side ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """A line of the comparison: a figure of a design, and how it is written."""
+
+    label: str
+    value: Callable[[Mapping[str, Any]], float]
+    show: Callable[[float], str]
+
+    def cell(self, design: Mapping[str, Any], first: Mapping[str, Any]) -> str:
+        """The figure, and for a later design its difference from the first's in percent."""
+        value, reference = self.value(design), self.value(first)
+        text = self.show(value)
+        if self.label == COST:
+            text += f" {design['estimate']['currency']}"
+            if design["estimate"]["currency"] != first["estimate"]["currency"]:
+                return text
+        if design is first or not reference:
+            return text
+        return f"{text} {f'({_percent(value / reference - 1)})':>8}"
+
+
+COST = "estimated cost"
+
+ROWS: tuple[_Row, ...] = tuple(
+    _Row(label=label, value=value, show=show)
+    for label, value, show in (
+        ("parameters", lambda d: d["parameters"], _whole),
+        ("  embedding and head", lambda d: d["embedding_parameters"], _whole),
+        ("  the rest", lambda d: d["non_embedding_parameters"], _whole),
+        ("FLOPs per token, training", lambda d: d["flops_per_token"], _flops),
+        ("  forward", lambda d: d["forward_flops_per_token"], _flops),
+        ("  recomputed on top", lambda d: d["recompute_flops_per_token"], _flops),
+        ("KV cache per token, 16 bit", lambda d: d["kv_cache_bytes_per_token"], _bytes),
+        ("memory of training", lambda d: d["memory"]["total"], _bytes),
+        ("  weights", lambda d: d["memory"]["weights"], _bytes),
+        ("  gradients", lambda d: d["memory"]["gradients"], _bytes),
+        ("  optimizer", lambda d: d["memory"]["optimizer"], _bytes),
+        ("  activations", lambda d: d["memory"]["activations"], _bytes),
+        ("token budget", lambda d: d["training"]["tokens"], lambda v: _si(v, "")),
+        ("FLOPs of the run", lambda d: d["training"]["flops"], _flops),
+        ("estimated tokens/s", lambda d: d["estimate"]["tokens_per_second"], _whole),
+        ("estimated time", lambda d: d["estimate"]["seconds"], _time),
+        ("estimated energy", lambda d: d["estimate"]["energy_kwh"], lambda v: f"{v:,.4g} kWh"),
+        (COST, lambda d: d["estimate"]["cost"], _money),
+    )
+)
+
+
+def _comparison(designs: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for design in designs:
+        table.add_column(design["name"], justify="right")
+    for row in ROWS:
+        table.add_row(row.label, *(row.cell(design, designs[0]) for design in designs))
+    return table
