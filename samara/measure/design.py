@@ -17,6 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from samara.errors import ConfigError
 from samara.measure.budget import Budget, Checkpointing, LayerBudget, budget
 from samara.measure.config import DeviceProfile
 from samara.measure.devices import device_profile, estimated_cost
@@ -143,14 +144,30 @@ def _layer(layer: LayerBudget, sequence_length: int) -> dict[str, Any]:
     }
 
 
+def estimated_speed(
+    item: DesignInput, costs: Budget, profile: DeviceProfile, utilization: float
+) -> float:
+    """Tokens per second of training on one device that keeps up a share of its peak.
+
+    Raises:
+        ConfigError: If the profile has no peak for the design's precision.
+    """
+    length, mode = item.sequence_length, item.activation_checkpointing
+    if item.precision not in profile.peak_flops:
+        raise ConfigError(
+            f"device profile '{profile.name}': has no peak_flops for {item.precision}, in which "
+            f"{item.name} is trained; add it, or train in {next(iter(profile.peak_flops), 'none')}"
+        )
+    work = costs.flops_per_token(length, "causal").training
+    work += costs.recompute_flops_per_token(length, mode, "causal")
+    return utilization * profile.peak_flops[item.precision] / work
+
+
 def _estimate(
     item: DesignInput, costs: Budget, profile: DeviceProfile, utilization: float
 ) -> dict[str, Any]:
     """Time, energy and money on one device."""
-    length, mode = item.sequence_length, item.activation_checkpointing
-    work = costs.flops_per_token(length, "causal").training
-    work += costs.recompute_flops_per_token(length, mode, "causal")
-    tokens_per_second = utilization * profile.peak_flops[item.precision] / work
+    tokens_per_second = estimated_speed(item, costs, profile, utilization)
     seconds = item.tokens / tokens_per_second
     cost = estimated_cost(profile, seconds=seconds)
     return {
@@ -190,7 +207,7 @@ def design_text(data: Mapping[str, Any]) -> str:
 def _assumption(estimate: Mapping[str, Any]) -> str:
     return (
         f"Estimates: one {estimate['device_profile']} at {estimate['assumed_utilization']:.0%} of "
-        f"its peak (assumed), {_si(estimate['memory_bytes'], 'B')} of memory.\n"
+        f"its peak (assumed), {prefixed(estimate['memory_bytes'], 'B')} of memory.\n"
         f"Its figures: {estimate['source']}."
     )
 
@@ -208,7 +225,7 @@ def _layer_table(design: Mapping[str, Any]) -> Table:
             f"{layer['ffn_dim']:,}",
             _rank(layer["rank"]),
             f"{layer['parameters']:,}",
-            _si(layer["flops_per_token"], "FLOP"),
+            prefixed(layer["flops_per_token"], "FLOP"),
         )
     return table
 
@@ -231,7 +248,7 @@ def _rank(rank: Any) -> str:
     return str(rank)
 
 
-def _si(value: float, unit: str) -> str:
+def prefixed(value: float, unit: str) -> str:
     """Three digits and a decimal prefix: ``1.08 GB``."""
     for prefix in ("", "k", "M", "G", "T", "P", "E"):
         if abs(value) < 999.5:
@@ -244,7 +261,8 @@ def _money(amount: float) -> str:
     return f"{amount:,.2f}" if amount >= 1 else f"{amount:.2g}"
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Three digits and the unit that suits: ``2.76 days``."""
     for size, unit in ((86400 * 2, "days"), (3600 * 2, "hours"), (60 * 2, "min")):
         if seconds >= size:
             return f"{seconds / (size / 2):,.3g} {unit}"
@@ -256,11 +274,11 @@ def _whole(value: float) -> str:
 
 
 def _flops(value: float) -> str:
-    return _si(value, "FLOP")
+    return prefixed(value, "FLOP")
 
 
 def _bytes(value: float) -> str:
-    return _si(value, "B")
+    return prefixed(value, "B")
 
 
 def _percent(change: float) -> str:
@@ -313,10 +331,10 @@ ROWS: tuple[_Row, ...] = tuple(
         ("  gradients", lambda d: d["memory"]["gradients"], _bytes),
         ("  optimizer", lambda d: d["memory"]["optimizer"], _bytes),
         ("  activations", lambda d: d["memory"]["activations"], _bytes),
-        ("token budget", lambda d: d["training"]["tokens"], lambda v: _si(v, "")),
+        ("token budget", lambda d: d["training"]["tokens"], lambda v: prefixed(v, "")),
         ("FLOPs of the run", lambda d: d["training"]["flops"], _flops),
         ("estimated tokens/s", lambda d: d["estimate"]["tokens_per_second"], _whole),
-        ("estimated time", lambda d: d["estimate"]["seconds"], _time),
+        ("estimated time", lambda d: d["estimate"]["seconds"], duration),
         ("estimated energy", lambda d: d["estimate"]["energy_kwh"], lambda v: f"{v:,.4g} kWh"),
         (COST, lambda d: d["estimate"]["cost"], _money),
     )
