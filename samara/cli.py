@@ -159,10 +159,28 @@ def report(
 
 @app.command()
 def design(
-    recipes: Annotated[list[Path], typer.Argument(help="Recipes with a pretrain section.")],
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            help="Recipes with a pretrain section; what has a '=' is a setting laid over each.",
+            metavar="RECIPE... [KEY=VALUE]...",
+        ),
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     device: Annotated[
         str | None, typer.Option(help="Device profile (a name or a YAML file) for time and cost.")
+    ] = None,
+    limits: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fit",
+            help="Search the best design under limits: params=30M, flops=8e15, memory=8GB, "
+            "hours=8, or several by comma.",
+            metavar="LIMITS",
+        ),
+    ] = None,
+    write: Annotated[
+        Path | None, typer.Option(help="With --fit: write the answer's recipe to this file.")
     ] = None,
 ) -> None:
     """Show what a design is and costs: layers, parameters, FLOPs, memory, time. Trains nothing.
@@ -172,8 +190,40 @@ def design(
     from samara.designs import design_inputs
     from samara.measure.design import design_data, design_text
 
-    data = design_data(design_inputs(recipes), device=device)
+    recipes, overrides = _recipes_and_settings(arguments)
+    if limits:
+        _fit(recipes, overrides, limits, device=device, write=write, as_json=as_json)
+        return
+    if write is not None:
+        raise ConfigError(f"--write {write}: goes with --fit, which makes a recipe to write")
+    data = design_data(design_inputs(recipes, overrides), device=device)
     typer.echo(json.dumps(data, indent=2) if as_json else design_text(data))
+
+
+def _fit(
+    recipes: list[Path],
+    overrides: list[str],
+    limits: list[str],
+    *,
+    device: str | None,
+    write: Path | None,
+    as_json: bool,
+) -> None:
+    from samara.designs import fit_recipe
+    from samara.measure.fit import parse_limits
+    from samara.measure.fit_table import fit_data, fit_text
+
+    found = fit_recipe(recipes, overrides, parse_limits(limits), device=device, write=write)
+    typer.echo(json.dumps(fit_data(found), indent=2) if as_json else fit_text(found))
+    if write is not None:
+        _say(f"{write}: the recipe; check it with `samara check {write}`")
+
+
+def _recipes_and_settings(arguments: list[str]) -> tuple[list[Path], list[str]]:
+    recipes = [Path(argument) for argument in arguments if "=" not in argument]
+    if not recipes:
+        raise ConfigError(f"{arguments[0]}: is a setting; give the recipe that it changes, too")
+    return recipes, [argument for argument in arguments if "=" in argument]
 
 
 @app.command()

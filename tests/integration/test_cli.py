@@ -158,3 +158,18 @@ def test_an_unknown_verb_names_the_nearest(samara):
     done = samara("pretrian", "x.yaml")
     assert done.returncode == 2
     assert "pretrain" in done.stderr
+
+
+def test_design_takes_settings(samara, recipe):
+    done = samara("design", str(recipe), "model.num_hidden_layers=3", "--json")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["layers"]) == 3
+    assert len(json.loads(samara("design", str(recipe), "--json").stdout)["layers"]) == 2
+
+
+def test_design_of_a_setting_alone_asks_for_the_recipe(samara):
+    done = samara("design", "model.hidden_size=64")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "samara: model.hidden_size=64: is a setting; give the recipe that it changes, too\n"
+    )
