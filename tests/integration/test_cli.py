@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
 
 import pytest
 
 from samara import catalog
-from samara.cli import main
 from samara.errors import ConfigError
 
 RECIPE = """\
@@ -35,32 +33,6 @@ VERBS = [
     "generate",
     "check",
 ]
-
-
-@dataclass(frozen=True)
-class Done:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def samara(monkeypatch, capsys, tmp_path):
-    """Run the command as its entry point does, in this process and a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> Done:
-        monkeypatch.setattr(sys, "argv", ["samara", *arguments])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as leave:
-            code = int(leave.code or 0)
-        out, err = capsys.readouterr()
-        return Done(returncode=code, stdout=out, stderr=err)
-
-    return run
 
 
 @pytest.fixture
