@@ -179,6 +179,15 @@ TECHNIQUES: tuple[Technique, ...] = (
         test="tests/unit/measure/test_fit.py",
     ),
     Technique(
+        name="Instruction tuning",
+        does="loss on the answers only; the chat template travels with the tokenizer",
+        paper="FLAN",
+        arxiv="2109.01652",
+        module="samara.train.instruct",
+        recipe="recipes/instruct.yaml",
+        test="tests/integration/test_instruct.py",
+    ),
+    Technique(
         name="Document bootstrap",
         does="intervals that resample documents, paired between models",
         paper="Bootstrap methods (Efron 1979)",

@@ -90,6 +90,17 @@ def pretrain(
 
 
 @app.command()
+def instruct(
+    recipe: RecipeArgument, overrides: Overrides = None, out: Out = None, dry_run: DryRun = False
+) -> None:
+    """Tune a model on conversations, the loss on the answers only; resumes by itself.
+
+    Example: samara instruct recipes/instruct.yaml --out runs/instruct
+    """
+    _work(recipe, overrides, out, verb="instruct", dry_run=dry_run)
+
+
+@app.command()
 def evaluate(
     targets: Annotated[
         list[str],

@@ -33,7 +33,7 @@ from samara.errors import ConfigError, did_you_mean
 from samara.measure.config import EvaluateConfig
 from samara.report.config import ReportConfig
 from samara.runs import RunFolder, hash_json
-from samara.train.config import PretrainConfig
+from samara.train.config import InstructConfig, PretrainConfig
 
 REFERENCE = "stage:"
 STAGE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
@@ -56,6 +56,7 @@ class Verb:
 VERBS: dict[str, Verb] = {
     "prepare": Verb(config=PrepareConfig, function="samara.data.prepare:prepare_verb"),
     "pretrain": Verb(config=PretrainConfig, function="samara.train.pretrain:pretrain"),
+    "instruct": Verb(config=InstructConfig, function="samara.train.instruct:instruct"),
     "evaluate": Verb(config=EvaluateConfig, function="samara.measure.evaluate:evaluate"),
     "report": Verb(config=ReportConfig, function="samara.report.report:report"),
 }
@@ -68,6 +69,8 @@ class StageConfig(Config):
     """Text in; documents, tokenizer and token shards out."""
     pretrain: PretrainConfig | None = None
     """Corpus in; checkpoint out."""
+    instruct: InstructConfig | None = None
+    """Model and conversations in; a model that answers out."""
     evaluate: EvaluateConfig | None = None
     """Models in; scores with intervals out."""
     report: ReportConfig | None = None

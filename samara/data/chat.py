@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -191,7 +191,12 @@ class ChatRows(Rows):
     """Conversations packed whole into rows, the longest first, each where it fits best."""
 
     def __init__(
-        self, conversations: Iterable[Conversation], encoder: ChatEncoder, *, sequence_length: int
+        self,
+        conversations: Iterable[Conversation],
+        encoder: ChatEncoder,
+        *,
+        sequence_length: int,
+        too_long: Literal["shorten", "refuse"] = "shorten",
     ) -> None:
         """Tokenise and pack.
 
@@ -199,17 +204,24 @@ class ChatRows(Rows):
             conversations: Read once, never held whole as text.
             encoder: Gives their tokens.
             sequence_length: Inputs of a row, t.
+            too_long: What becomes of a conversation that is too long for a row.
 
         Raises:
-            DataError: If there is no conversation, or one cannot be encoded.
+            DataError: If there is no conversation, or one cannot be encoded or is refused.
         """
         self.sequence_length, self._pad_token_id = sequence_length, encoder.pad_token_id
         self._conversations: list[EncodedConversation] = []
         shortened = lost = 0
         iterator = iter(conversations)
         while group := list(itertools.islice(iterator, ENCODE_CONVERSATIONS)):
-            for whole in encoder.encode(group):
+            for conversation, whole in zip(group, encoder.encode(group), strict=True):
                 kept = shorten(whole, limit=sequence_length + 1)
+                if kept is not whole and too_long == "refuse":
+                    raise DataError(
+                        f"{conversation.origin}: the conversation has {len(whole)} tokens, more "
+                        f"than data.sequence_length {sequence_length} and one; raise it, remove "
+                        "the record, or set data.too_long: shorten"
+                    )
                 shortened += kept is not whole
                 lost += int(whole.is_answer.sum() - kept.is_answer.sum())
                 self._conversations.append(kept)

@@ -119,6 +119,52 @@ class PrepareConfig(Config):
     """Stop after this many kept documents."""
 
 
+class ChatConfig(Config):
+    """What instruction tuning reads: conversations, one record a line."""
+
+    paths: tuple[str, ...] = Field(min_length=1)
+    """JSON Lines files or glob patterns, each also .gz; records of `messages`, of `instruction`
+    (with `input`) and `output`, of `prompt` and `completion`, or of `instruction` and `instances`.
+    """
+    validation_paths: tuple[str, ...] = ()
+    """Files whose conversations are the validation split. Left out: a fraction of the records."""
+    validation_fraction: Fraction = 0.05
+    """Share of the records that is held out where there are no validation_paths; a hash of a
+    record's turns decides, so equal records stay together."""
+    sequence_length: PositiveInt = 256
+    """Tokens of one training sequence; conversations are packed whole."""
+    too_long: Literal["shorten", "refuse"] = "shorten"
+    """A conversation longer than a sequence loses what costs least (the end, or the middle of the
+    prompt; never the whole answer), or stops the run."""
+    num_workers: NonNegativeInt = 0
+    """Processes that read ahead; the order does not depend on it."""
+
+
+class PackedRows(Config):
+    """Documents back to back, cut into rows: nothing is padded or lost."""
+
+    kind: Literal["packed"] = "packed"
+
+
+class OpenELMRows(Config):
+    """OpenELM's rows: one chunk of a document each, tokenised on the fly, cut or padded.
+
+    Needs no `document_boundaries`: a row holds one document. Validation stays packed, so that
+    losses compare.
+    """
+
+    kind: Literal["openelm"] = "openelm"
+    words: PositiveInt = 2048
+    """Words of a chunk, what stands between single spaces."""
+    min_characters: NonNegativeInt = 200
+    """Chunks with fewer are dropped (lower case, no punctuation, runs of white space as one)."""
+    min_tokens: NonNegativeInt = 256
+    """Chunks with fewer, begin and end marks included, are dropped."""
+
+
+RowsConfig = Annotated[PackedRows | OpenELMRows, Field(discriminator="kind")]
+
+
 class DataConfig(Config):
     """What a training run reads."""
 
@@ -127,6 +173,8 @@ class DataConfig(Config):
     once in the cache folder and found again by its hash."""
     sequence_length: PositiveInt = 256
     """Tokens of one training sequence."""
+    rows: RowsConfig = PackedRows()
+    """How training text becomes sequences."""
     document_boundaries: bool = True
     """Packed documents do not see each other: attention and positions start anew at each one."""
     num_workers: NonNegativeInt = 0

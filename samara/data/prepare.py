@@ -102,7 +102,7 @@ class PreparedCorpus:
 
     def documents(self, split: str) -> Iterator[Document]:
         """The documents of a split, in the order of its token stream."""
-        with self._documents_path(split).open(encoding="utf-8") as file:
+        with self.documents_path(split).open(encoding="utf-8") as file:
             for line in file:
                 yield Document(**json.loads(line))
 
@@ -125,7 +125,8 @@ class PreparedCorpus:
             if self.statistics["splits"][split]["documents"]:
                 self.tokens(split).verify()
 
-    def _documents_path(self, split: str) -> Path:
+    def documents_path(self, split: str) -> Path:
+        """The JSON Lines file of a split's documents."""
         return self.folder / "documents" / f"{split}.jsonl"
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from samara.data.rows import Batch
+from samara.data.rows import Batch, Rows
 from samara.data.tokens import IGNORE_INDEX, PackedSequences
 from samara.model.cross_entropy import per_token_nll
 from samara.model.modeling import SamaraForCausalLM
@@ -80,7 +80,7 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
-def rows_within(dataset: PackedSequences, max_tokens: int | None) -> int:
+def rows_within(dataset: Rows, max_tokens: int | None) -> int:
     """Rows that ``max_tokens`` tokens fill, at least one; all of them for None."""
     if max_tokens is None:
         return len(dataset)
@@ -129,6 +129,39 @@ def evaluate_loss(
     finally:
         model.train(training)
     return _result(dataset, num_rows, nll_sum.numpy(), num_targets.numpy())
+
+
+def mean_loss(
+    model: PreTrainedModel,
+    dataset: Rows,
+    *,
+    batch_size: int,
+    device: torch.device,
+    precision: Precision,
+    max_tokens: int | None = None,
+) -> float:
+    """Nats per target over any rows of a causal language model, as conversations; NaN without one.
+
+    Args:
+        model: See :func:`evaluate_loss`, as for the others.
+        dataset: The rows.
+        batch_size: Rows at a time.
+        device: Where the model is.
+        precision: Of the forward pass.
+        max_tokens: Use the first rows only.
+    """
+    num_rows = rows_within(dataset, max_tokens)
+    nll_sum, num_targets = 0.0, 0
+    training = model.training
+    model.train(False)
+    try:
+        for start in range(0, num_rows, batch_size):
+            batch = dataset.batch(range(start, min(start + batch_size, num_rows)))
+            nll_sum += float(_batch_nll(model, batch, device, precision).sum())
+            num_targets += int((batch["targets"] != IGNORE_INDEX).sum())
+    finally:
+        model.train(training)
+    return _divide(nll_sum, num_targets)
 
 
 @torch.no_grad()

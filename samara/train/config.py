@@ -14,7 +14,7 @@ from pydantic import (
 )
 
 from samara.config import Config
-from samara.data.config import DataConfig
+from samara.data.config import ChatConfig, DataConfig
 from samara.errors import ConfigError
 from samara.model.config import ModelConfig
 
@@ -195,3 +195,21 @@ class PretrainConfig(Config):
     def resolved(self) -> PretrainConfig:
         """The same settings with the design expanded to one entry per layer."""
         return self.model_copy(update={"model": self.model and self.model.resolved()})
+
+
+class InstructConfig(Config):
+    """Verb `instruct`: a model and conversations in, a model that answers out; resumes by itself.
+
+    The loss is on the answers only. The model keeps its tokenizer, which gets a chat template
+    unless it has one.
+    """
+
+    seed: NonNegativeInt = 0
+    init_from: str
+    """The model to tune: a model folder, a run folder, or `stage:NAME`."""
+    data: ChatConfig
+    optimizer: Optimizer
+    schedule: Schedule = Cosine()
+    training: TrainingConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()

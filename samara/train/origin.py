@@ -36,18 +36,27 @@ class Origin:
     parents: Mapping[str, str] = field(default_factory=dict)
     inherited: Compute = field(default_factory=Compute)
 
-    def build(self, corpus: PreparedCorpus) -> SamaraForCausalLM:
-        """Make the model, in float32 on the CPU; fresh weights come from torch's generator."""
-        if self.folder is not None:
-            return load_model(self.folder, dtype=torch.float32)
-        tokens = corpus.special_tokens
-        config = SamaraConfig.from_design(
-            self.design,
-            bos_token_id=tokens["bos_token_id"],
-            eos_token_id=tokens["eos_token_id"],
-            pad_token_id=tokens["pad_token_id"],
-        )
-        return SamaraForCausalLM(config)
+    def build(self, tokenizer: TextTokenizer) -> SamaraForCausalLM:
+        """Make the model, in float32 on the CPU; fresh weights come from torch's generator.
+
+        Args:
+            tokenizer: Gives the ids of begin, end and padding; generation stops at the end mark.
+        """
+        special_tokens = tokenizer.special_tokens
+        if self.folder is None:
+            config = SamaraConfig.from_design(
+                self.design,
+                bos_token_id=special_tokens["bos_token_id"],
+                eos_token_id=special_tokens["eos_token_id"],
+                pad_token_id=special_tokens["pad_token_id"],
+            )
+            return SamaraForCausalLM(config)
+        model = load_model(self.folder, dtype=torch.float32)
+        for name, token_id in special_tokens.items():
+            if token_id is not None:
+                setattr(model.config, name, token_id)
+                setattr(model.generation_config, name, token_id)
+        return model
 
 
 def find_origin(config: PretrainConfig, corpus: PreparedCorpus) -> Origin:
@@ -60,15 +69,30 @@ def find_origin(config: PretrainConfig, corpus: PreparedCorpus) -> Origin:
     if config.model is not None:
         return Origin(design=config.model.expand(vocab_size=corpus.vocab_size))
     assert config.init_from is not None
-    folder = model_folder(Path(config.init_from).expanduser())
+    origin = origin_of(config.init_from, sequence_length=config.data.sequence_length)
+    assert origin.folder is not None
+    _check_tokenizer(origin.folder, corpus)
+    return origin
+
+
+def origin_of(init_from: str, *, sequence_length: int) -> Origin:
+    """A model to go on from.
+
+    Args:
+        init_from: Its folder, or that of the run that made it.
+        sequence_length: Positions it is to be trained on.
+
+    Raises:
+        ConfigError: If its context is shorter.
+        CheckpointError: If the folder holds no Samara model.
+    """
+    folder = model_folder(Path(init_from).expanduser())
     design = _read_design(folder)
-    length = config.data.sequence_length
-    if length > design.max_position_embeddings:
+    if sequence_length > design.max_position_embeddings:
         raise ConfigError(
-            f"data.sequence_length: {length} exceeds the {design.max_position_embeddings} "
+            f"data.sequence_length: {sequence_length} exceeds the {design.max_position_embeddings} "
             f"positions of init_from {folder}"
         )
-    _check_tokenizer(folder, corpus)
     return Origin(
         design=design,
         folder=folder,

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 
 from samara.data.loader import training_batches
-from samara.data.prepare import PreparedCorpus, open_corpus
-from samara.data.tokenizer import FOLDER_FILES
-from samara.data.tokens import PackedSequences
+from samara.data.prepare import open_corpus
+from samara.data.tokenizer import FOLDER_FILES, TextTokenizer
+from samara.data.training_data import CorpusData, TrainingData
 from samara.errors import ConfigError, ResourceError
 from samara.measure.budget import Budget, budget
 from samara.measure.config import DeviceProfile
 from samara.measure.devices import device_profile, estimated_cost
-from samara.measure.loss import evaluate_loss
+from samara.measure.loss import mean_loss
 from samara.measure.memory import training_memory
 from samara.model.loading import save_model
 from samara.model.modeling import SamaraForCausalLM, set_activation_checkpointing
@@ -35,7 +35,7 @@ from samara.progress import ProgressLine
 from samara.runs import Compute, Lineage, RunFolder, hash_weights, new_folder, write_json
 from samara.train.averaging import Averages, member_steps
 from samara.train.checkpoint import Checkpoints, TrainingState, disk_errors, sweep
-from samara.train.config import PretrainConfig
+from samara.train.config import InstructConfig, PretrainConfig, TrainingConfig
 from samara.train.loop import Costs, Hooks, Record, Update, train
 from samara.train.memory import PeakMemory, check_memory
 from samara.train.objective import CausalLM
@@ -58,13 +58,24 @@ def pretrain(config: PretrainConfig, run: RunFolder) -> None:
         NonFiniteLossError: If the loss stops being a number.
         Stopped: If a signal stopped it, its state saved.
     """
-    place = choose_place(config.training.device)
-    if place.world_size > 1:
-        raise ConfigError(
-            f"training: runs in one process, and {place.world_size} were started; start one"
-        )
+    place = training_place(config.training)
     corpus = open_corpus(config.data.corpus, cache=cache_folder())
     origin = find_origin(config, corpus)
+    carry_out(config, run, CorpusData(corpus, config.data), origin, place)
+
+
+def carry_out(
+    config: PretrainConfig | InstructConfig,
+    run: RunFolder,
+    corpus: TrainingData,
+    origin: Origin,
+    place: Place,
+) -> None:
+    """Train a model on what a verb found for it, from the newest checkpoint or from the start.
+
+    Raises:
+        The errors of :func:`pretrain`.
+    """
     micro_batch_size = config.training.micro_batch_size or config.training.batch_size
     needed = predict_memory(config, origin, place, micro_batch_size=micro_batch_size)
     check_memory(predicted=needed, device=place.device)
@@ -81,13 +92,31 @@ def pretrain(config: PretrainConfig, run: RunFolder) -> None:
     job.finish()
 
 
+def training_place(config: TrainingConfig) -> Place:
+    """Where to train.
+
+    Raises:
+        ConfigError: If there is no such device, or if several processes were started.
+    """
+    place = choose_place(config.device)
+    if place.world_size > 1:
+        raise ConfigError(
+            f"training: runs in one process, and {place.world_size} were started; start one"
+        )
+    return place
+
+
 def cache_folder() -> Path:
     """Where corpora given inline are prepared, once each."""
     return Path(os.environ.get("SAMARA_CACHE", "~/.cache/samara")).expanduser() / "corpora"
 
 
 def predict_memory(
-    config: PretrainConfig, origin: Origin, place: Place, *, micro_batch_size: int
+    config: PretrainConfig | InstructConfig,
+    origin: Origin,
+    place: Place,
+    *,
+    micro_batch_size: int,
 ) -> int:
     """Peak bytes that training will take."""
     return training_memory(
@@ -107,9 +136,9 @@ class Job:
 
     def __init__(
         self,
-        config: PretrainConfig,
+        config: PretrainConfig | InstructConfig,
         run: RunFolder,
-        corpus: PreparedCorpus,
+        corpus: TrainingData,
         origin: Origin,
         place: Place,
         micro_batch_size: int,
@@ -131,25 +160,17 @@ class Job:
             identity={"corpus": corpus.hash, **origin.parents},
         )
         self.averages = Averages(run.path / "averages", self._average_steps())
-        self.training_set = self._dataset("train")
-        has_validation = corpus.statistics["splits"]["validation"]["tokens"] > 0
-        self.validation_set = self._dataset("validation") if has_validation else None
+        self.training_set = corpus.training_rows()
+        self.validation_set = corpus.validation_rows()
 
     def _build_model(self) -> SamaraForCausalLM:
         torch.manual_seed(self.config.seed)
-        model = self.origin.build(self.corpus)
+        model = self.origin.build(self.corpus.tokenizer)
         set_activation_checkpointing(model, self.config.training.activation_checkpointing)
         model.to(self.place.device)  # type: ignore[arg-type] # transformers wraps it untyped
         if self.config.training.compile:
             compile_model(model)
         return model
-
-    def _dataset(self, split: str) -> PackedSequences:
-        return PackedSequences(
-            self.corpus.tokens(split),
-            sequence_length=self.config.data.sequence_length,
-            document_boundaries=self.config.data.document_boundaries,
-        )
 
     def _average_steps(self) -> tuple[int, ...]:
         settings = self.config.checkpoint
@@ -185,7 +206,7 @@ class Job:
             num_workers=self.config.data.num_workers,
             pin_memory=self.place.device.type == "cuda",
         )
-        label = f"pretrain {self.run.path.name}"
+        label = f"train {self.run.path.name}"
         total = self.num_steps * settings.batch_size * self.config.data.sequence_length
         with (
             StopSignal() as stop,
@@ -245,7 +266,7 @@ class Job:
         """Validation loss of the weights as they are."""
         assert self.validation_set is not None
         with uncompiled(self.model):
-            result = evaluate_loss(
+            return mean_loss(
                 self.model,
                 self.validation_set,
                 batch_size=self.micro_batch_size,
@@ -253,7 +274,6 @@ class Job:
                 precision=self.config.training.precision,
                 max_tokens=self.config.training.evaluate_max_tokens,
             )
-        return result.loss
 
     def _save(self, state: TrainingState) -> None:
         # The member first: a checkpoint at a step says that the step's member is there.
@@ -266,7 +286,7 @@ class Job:
         if self._average_steps():
             self.averages.load_mean(self.model)
             averaged = None if self.validation_set is None else self.evaluate()
-        export(self.model, self.corpus, self.run.path / "model")
+        export(self.model, self.corpus.tokenizer, self.run.path / "model")
         cost = estimated_cost(self.profile, seconds=self.state.seconds)
         spent = Compute(
             tokens=self.state.tokens,
@@ -313,7 +333,7 @@ class Job:
         }
 
 
-def export(model: SamaraForCausalLM, corpus: PreparedCorpus, folder: Path) -> None:
+def export(model: SamaraForCausalLM, tokenizer: TextTokenizer, folder: Path) -> None:
     """Write a Hugging Face folder with its tokenizer, complete or absent.
 
     Raises:
@@ -323,8 +343,8 @@ def export(model: SamaraForCausalLM, corpus: PreparedCorpus, folder: Path) -> No
         with disk_errors():
             save_model(model, staging)
         for name in FOLDER_FILES:
-            if (corpus.tokenizer_folder / name).exists():
-                shutil.copyfile(corpus.tokenizer_folder / name, staging / name)
+            if (tokenizer.folder / name).exists():
+                shutil.copyfile(tokenizer.folder / name, staging / name)
 
 
 def _progress(

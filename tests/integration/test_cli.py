@@ -25,6 +25,7 @@ VERBS = [
     "run",
     "prepare",
     "pretrain",
+    "instruct",
     "evaluate",
     "report",
     "design",
