@@ -3,17 +3,18 @@
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 RECIPE ?= recipes/quickstart.yaml
 # One thread a process: tests run in parallel, and two thread pools on two cores slow each other down.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=1
 # Idle threads sleep instead of spinning, so that other work on the machine does not stall training.
 RUN_ENV := OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 
-.PHONY: demo test lint types format venv venv-dev clean help
+.PHONY: demo test test-export lint types format venv venv-dev clean help
 
 help:
 	@echo "make demo    set up, then pretrain, evaluate and report three small models"
-	@echo "make test    set up, then run the test suite"
+	@echo "make test    set up, then run the test suite     make test-export  the peers' runtimes"
 	@echo "make lint    ruff        make types   mypy        make format  ruff format"
 	@echo "make venv    set up only              make clean   remove .venv and caches"
 
@@ -23,6 +24,14 @@ demo: venv
 
 test: venv-dev
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 $(ARGS)
+
+# The runtimes that read what we export; llama-cpp-python builds from source for some minutes.
+LLAMA_CPP := -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
+	-DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_CURL=OFF
+
+test-export: venv-dev
+	CMAKE_ARGS="$(LLAMA_CPP)" $(PIP_INSTALL) -e '.[export]'
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/export $(ARGS)
 
 lint: venv-dev
 	$(BIN)/ruff check .
@@ -43,11 +52,11 @@ venv-dev: .venv/installed-dev
 	$(PYTHON) -m venv .venv
 
 .venv/installed: .venv/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(PIP_INSTALL) -e .
 	@touch $@
 
 .venv/installed-dev: .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,tracking,dev]'
+	$(PIP_INSTALL) -e '.[data,tracking,evaluate,dev]'
 	@touch $@
 
 clean:

@@ -170,6 +170,15 @@ TECHNIQUES: tuple[Technique, ...] = (
         test="tests/unit/train/test_averaging.py",
     ),
     Technique(
+        name="Compute-optimal size",
+        does="`samara design --fit`: the best design under a budget, by Chinchilla's law refitted",
+        paper="Chinchilla scaling: a replication attempt",
+        arxiv="2404.10102",
+        module="samara.measure.fit",
+        recipe="recipes/openelm-270m.yaml",
+        test="tests/unit/measure/test_fit.py",
+    ),
+    Technique(
         name="Instruction tuning",
         does="loss on the answers only; the chat template travels with the tokenizer",
         paper="FLAN",

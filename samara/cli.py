@@ -170,10 +170,28 @@ def report(
 
 @app.command()
 def design(
-    recipes: Annotated[list[Path], typer.Argument(help="Recipes with a pretrain section.")],
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            help="Recipes with a pretrain section; what has a '=' is a setting laid over each.",
+            metavar="RECIPE... [KEY=VALUE]...",
+        ),
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     device: Annotated[
         str | None, typer.Option(help="Device profile (a name or a YAML file) for time and cost.")
+    ] = None,
+    limits: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fit",
+            help="Search the best design under limits: params=30M, flops=8e15, memory=8GB, "
+            "hours=8, or several by comma.",
+            metavar="LIMITS",
+        ),
+    ] = None,
+    write: Annotated[
+        Path | None, typer.Option(help="With --fit: write the answer's recipe to this file.")
     ] = None,
 ) -> None:
     """Show what a design is and costs: layers, parameters, FLOPs, memory, time. Trains nothing.
@@ -183,8 +201,40 @@ def design(
     from samara.designs import design_inputs
     from samara.measure.design import design_data, design_text
 
-    data = design_data(design_inputs(recipes), device=device)
+    recipes, overrides = _recipes_and_settings(arguments)
+    if limits:
+        _fit(recipes, overrides, limits, device=device, write=write, as_json=as_json)
+        return
+    if write is not None:
+        raise ConfigError(f"--write {write}: goes with --fit, which makes a recipe to write")
+    data = design_data(design_inputs(recipes, overrides), device=device)
     typer.echo(json.dumps(data, indent=2) if as_json else design_text(data))
+
+
+def _fit(
+    recipes: list[Path],
+    overrides: list[str],
+    limits: list[str],
+    *,
+    device: str | None,
+    write: Path | None,
+    as_json: bool,
+) -> None:
+    from samara.designs import fit_recipe
+    from samara.measure.fit import parse_limits
+    from samara.measure.fit_table import fit_data, fit_text
+
+    found = fit_recipe(recipes, overrides, parse_limits(limits), device=device, write=write)
+    typer.echo(json.dumps(fit_data(found), indent=2) if as_json else fit_text(found))
+    if write is not None:
+        _say(f"{write}: the recipe; check it with `samara check {write}`")
+
+
+def _recipes_and_settings(arguments: list[str]) -> tuple[list[Path], list[str]]:
+    recipes = [Path(argument) for argument in arguments if "=" not in argument]
+    if not recipes:
+        raise ConfigError(f"{arguments[0]}: is a setting; give the recipe that it changes, too")
+    return recipes, [argument for argument in arguments if "=" in argument]
 
 
 @app.command()
@@ -247,28 +297,65 @@ def average(
 @app.command()
 def generate(
     model: Annotated[Path, typer.Argument(help="A model folder, or a pretraining run folder.")],
-    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Texts to go on from; -: standard input. None: from nothing.",
+            metavar="[PROMPT]...",
+        ),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Answer the prompts, by the model's chat template.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to write.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest.")] = 0.8,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Draw from this much probability.")
+    ] = 0.95,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from so many tokens; 0: from all.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(min=1.0, help="1: none.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 16,
+    cache: Annotated[
+        Literal["dynamic", "static"], typer.Option(help="The key-value cache.")
+    ] = "dynamic",
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Compile the decoding step (static cache).")
+    ] = False,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
+    precision: Annotated[Literal["float32", "bfloat16"], typer.Option()] = "float32",
 ) -> None:
-    """Print text that a model writes.
+    """Print what a model writes, while it writes it.
 
-    Example: samara generate runs/quickstart/cola "Return the number of"
+    Example: samara generate runs/quickstart/cola "Return the number of" "Raise an error if"
     """
-    from samara.measure.sampling import sample_from_folder
+    from samara.measure.generation import GenerationSettings, generate_texts
+    from samara.measure.language_model_folder import open_language_model
 
-    typer.echo(
-        sample_from_folder(
-            model,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-        )
+    texts = [_standard_input() if prompt == "-" else prompt for prompt in prompts or [""]]
+    saved = open_language_model(model, device=device, precision=precision, batch_size=batch_size)
+    settings = GenerationSettings(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        cache=cache,
+        compile=compile_,
     )
+
+    def show(index: int, piece: str) -> None:
+        if not piece:  # this text begins
+            piece = ("\n\n" if index else "") + ("" if chat else texts[index])
+        typer.echo(piece, nl=False)
+
+    generate_texts(saved.language_model, texts, settings, chat=chat, on_text=show)
+    typer.echo()
+
+
+def _standard_input() -> str:
+    return sys.stdin.read().removesuffix("\n")
 
 
 @app.command()

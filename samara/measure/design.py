@@ -17,6 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from samara.errors import ConfigError
 from samara.measure.budget import Budget, Checkpointing, LayerBudget, budget
 from samara.measure.config import DeviceProfile
 from samara.measure.devices import device_profile, estimated_cost
@@ -143,14 +144,30 @@ def _layer(layer: LayerBudget, sequence_length: int) -> dict[str, Any]:
     }
 
 
+def estimated_speed(
+    item: DesignInput, costs: Budget, profile: DeviceProfile, utilization: float
+) -> float:
+    """Tokens per second of training on one device that keeps up a share of its peak.
+
+    Raises:
+        ConfigError: If the profile has no peak for the design's precision.
+    """
+    length, mode = item.sequence_length, item.activation_checkpointing
+    if item.precision not in profile.peak_flops:
+        raise ConfigError(
+            f"device profile '{profile.name}': has no peak_flops for {item.precision}, in which "
+            f"{item.name} is trained; add it, or train in {next(iter(profile.peak_flops), 'none')}"
+        )
+    work = costs.flops_per_token(length, "causal").training
+    work += costs.recompute_flops_per_token(length, mode, "causal")
+    return utilization * profile.peak_flops[item.precision] / work
+
+
 def _estimate(
     item: DesignInput, costs: Budget, profile: DeviceProfile, utilization: float
 ) -> dict[str, Any]:
     """Time, energy and money on one device."""
-    length, mode = item.sequence_length, item.activation_checkpointing
-    work = costs.flops_per_token(length, "causal").training
-    work += costs.recompute_flops_per_token(length, mode, "causal")
-    tokens_per_second = utilization * profile.peak_flops[item.precision] / work
+    tokens_per_second = estimated_speed(item, costs, profile, utilization)
     seconds = item.tokens / tokens_per_second
     cost = estimated_cost(profile, seconds=seconds)
     return {
@@ -171,9 +188,12 @@ def _estimate(
 
 
 def design_text(data: Mapping[str, Any]) -> str:
-    """Lay out what :func:`design_data` returned: designs side by side, then each one's layers."""
+    """Lay out what :func:`design_data` returned: designs side by side, then each one's layers.
+
+    Later designs' figures carry their difference from the first design's, in percent.
+    """
     designs: Sequence[Mapping[str, Any]] = data.get("designs") or [data]
-    console = Console(file=io.StringIO(), width=max(TEXT_WIDTH, 24 + 18 * len(designs)))
+    console = Console(file=io.StringIO(), width=max(TEXT_WIDTH, 28 + 27 * len(designs)))
     console.print(_comparison(designs))
     for line in dict.fromkeys(_assumption(design["estimate"]) for design in designs):
         console.print(line, style="none", highlight=False)
@@ -184,42 +204,10 @@ def design_text(data: Mapping[str, Any]) -> str:
     return "\n".join(line.rstrip() for line in output.getvalue().splitlines()).strip("\n")
 
 
-ROWS: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
-    ("parameters", lambda d: f"{d['parameters']:,}"),
-    ("  embedding and head", lambda d: f"{d['embedding_parameters']:,}"),
-    ("  the rest", lambda d: f"{d['non_embedding_parameters']:,}"),
-    ("FLOPs per token, training", lambda d: _si(d["flops_per_token"], "FLOP")),
-    ("  forward", lambda d: _si(d["forward_flops_per_token"], "FLOP")),
-    ("  recomputed on top", lambda d: _si(d["recompute_flops_per_token"], "FLOP")),
-    ("KV cache per token, 16 bit", lambda d: _si(d["kv_cache_bytes_per_token"], "B")),
-    ("memory of training", lambda d: _si(d["memory"]["total"], "B")),
-    ("  weights", lambda d: _si(d["memory"]["weights"], "B")),
-    ("  gradients", lambda d: _si(d["memory"]["gradients"], "B")),
-    ("  optimizer", lambda d: _si(d["memory"]["optimizer"], "B")),
-    ("  activations", lambda d: _si(d["memory"]["activations"], "B")),
-    ("token budget", lambda d: _si(d["training"]["tokens"], "")),
-    ("FLOPs of the run", lambda d: _si(d["training"]["flops"], "FLOP")),
-    ("estimated tokens/s", lambda d: f"{d['estimate']['tokens_per_second']:,.0f}"),
-    ("estimated time", lambda d: _time(d["estimate"]["seconds"])),
-    ("estimated energy", lambda d: f"{d['estimate']['energy_kwh']:,.4g} kWh"),
-    ("estimated cost", lambda d: _money(d["estimate"])),
-)
-
-
-def _comparison(designs: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
-    for design in designs:
-        table.add_column(design["name"], justify="right")
-    for label, show in ROWS:
-        table.add_row(label, *(show(design) for design in designs))
-    return table
-
-
 def _assumption(estimate: Mapping[str, Any]) -> str:
     return (
         f"Estimates: one {estimate['device_profile']} at {estimate['assumed_utilization']:.0%} of "
-        f"its peak (assumed), {_si(estimate['memory_bytes'], 'B')} of memory.\n"
+        f"its peak (assumed), {prefixed(estimate['memory_bytes'], 'B')} of memory.\n"
         f"Its figures: {estimate['source']}."
     )
 
@@ -237,7 +225,7 @@ def _layer_table(design: Mapping[str, Any]) -> Table:
             f"{layer['ffn_dim']:,}",
             _rank(layer["rank"]),
             f"{layer['parameters']:,}",
-            _si(layer["flops_per_token"], "FLOP"),
+            prefixed(layer["flops_per_token"], "FLOP"),
         )
     return table
 
@@ -260,7 +248,7 @@ def _rank(rank: Any) -> str:
     return str(rank)
 
 
-def _si(value: float, unit: str) -> str:
+def prefixed(value: float, unit: str) -> str:
     """Three digits and a decimal prefix: ``1.08 GB``."""
     for prefix in ("", "k", "M", "G", "T", "P", "E"):
         if abs(value) < 999.5:
@@ -269,13 +257,95 @@ def _si(value: float, unit: str) -> str:
     return f"{value:,.3g} Z{unit}"
 
 
-def _money(estimate: Mapping[str, Any]) -> str:
-    amount = f"{estimate['cost']:,.2f}" if estimate["cost"] >= 1 else f"{estimate['cost']:.2g}"
-    return f"{amount} {estimate['currency']}"
+def _money(amount: float) -> str:
+    return f"{amount:,.2f}" if amount >= 1 else f"{amount:.2g}"
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Three digits and the unit that suits: ``2.76 days``."""
     for size, unit in ((86400 * 2, "days"), (3600 * 2, "hours"), (60 * 2, "min")):
         if seconds >= size:
             return f"{seconds / (size / 2):,.3g} {unit}"
     return f"{seconds:.3g} s"
+
+
+def _whole(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _flops(value: float) -> str:
+    return prefixed(value, "FLOP")
+
+
+def _bytes(value: float) -> str:
+    return prefixed(value, "B")
+
+
+def _percent(change: float) -> str:
+    """A change in percent: ``-38%``, ``+2.4%``, ``+-0%``; what is over tenfold as a factor."""
+    if abs(change) < 0.0005:
+        return "±0%"
+    if change > 9:
+        return f"x{change + 1:,.3g}"
+    return f"{change:+.1%}" if abs(change) < 0.0995 else f"{change:+.0%}"
+
+
+# --- side by side ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """A line of the comparison: a figure of a design, and how it is written."""
+
+    label: str
+    value: Callable[[Mapping[str, Any]], float]
+    show: Callable[[float], str]
+
+    def cell(self, design: Mapping[str, Any], first: Mapping[str, Any]) -> str:
+        """The figure, and for a later design its difference from the first's in percent."""
+        value, reference = self.value(design), self.value(first)
+        text = self.show(value)
+        if self.label == COST:
+            text += f" {design['estimate']['currency']}"
+            if design["estimate"]["currency"] != first["estimate"]["currency"]:
+                return text
+        if design is first or not reference:
+            return text
+        return f"{text} {f'({_percent(value / reference - 1)})':>8}"
+
+
+COST = "estimated cost"
+
+ROWS: tuple[_Row, ...] = tuple(
+    _Row(label=label, value=value, show=show)
+    for label, value, show in (
+        ("parameters", lambda d: d["parameters"], _whole),
+        ("  embedding and head", lambda d: d["embedding_parameters"], _whole),
+        ("  the rest", lambda d: d["non_embedding_parameters"], _whole),
+        ("FLOPs per token, training", lambda d: d["flops_per_token"], _flops),
+        ("  forward", lambda d: d["forward_flops_per_token"], _flops),
+        ("  recomputed on top", lambda d: d["recompute_flops_per_token"], _flops),
+        ("KV cache per token, 16 bit", lambda d: d["kv_cache_bytes_per_token"], _bytes),
+        ("memory of training", lambda d: d["memory"]["total"], _bytes),
+        ("  weights", lambda d: d["memory"]["weights"], _bytes),
+        ("  gradients", lambda d: d["memory"]["gradients"], _bytes),
+        ("  optimizer", lambda d: d["memory"]["optimizer"], _bytes),
+        ("  activations", lambda d: d["memory"]["activations"], _bytes),
+        ("token budget", lambda d: d["training"]["tokens"], lambda v: prefixed(v, "")),
+        ("FLOPs of the run", lambda d: d["training"]["flops"], _flops),
+        ("estimated tokens/s", lambda d: d["estimate"]["tokens_per_second"], _whole),
+        ("estimated time", lambda d: d["estimate"]["seconds"], duration),
+        ("estimated energy", lambda d: d["estimate"]["energy_kwh"], lambda v: f"{v:,.4g} kWh"),
+        (COST, lambda d: d["estimate"]["cost"], _money),
+    )
+)
+
+
+def _comparison(designs: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for design in designs:
+        table.add_column(design["name"], justify="right")
+    for row in ROWS:
+        table.add_row(row.label, *(row.cell(design, designs[0]) for design in designs))
+    return table

@@ -374,7 +374,6 @@ class LanguageModel:
             for index, ids in enumerate(encoded)
         ]
 
-    @torch.no_grad()
     def _generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -382,14 +381,38 @@ class LanguageModel:
         max_new_tokens: int,
         options: Mapping[str, Any],
     ) -> list[str]:
+        if stop:
+            length = max(len(prompt) for prompt in prompts)
+            criteria = StoppingCriteriaList([_StopText(self.tokenizer, stop, length)])
+            options = {"stopping_criteria": criteria, **options}
+        written = self.generate_ids(prompts, max_new_tokens=max_new_tokens, options=options)
+        texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
+        return [cut_at(text, stop) for text in texts]
+
+    @torch.no_grad()
+    def generate_ids(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        options: Mapping[str, Any] | None = None,
+    ) -> list[list[int]]:
+        """The tokens after each prompt, before the end mark; greedy unless the options say else.
+
+        Args:
+            prompts: Token ids, at least one each; they run as one batch.
+            max_new_tokens: The most tokens to write.
+            options: More options for ``model.generate``.
+        """
         length = max(len(prompt) for prompt in prompts)
         padding = [length - len(prompt) for prompt in prompts]
+        # Padding is masked. A row's own token adds none that a repetition penalty would see.
         rows = [
-            [self.prefix_token_id] * pad + list(prompt)
-            for pad, prompt in zip(padding, prompts, strict=True)
+            [prompt[0]] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)
         ]
         mask = [[0] * pad + [1] * (length - pad) for pad in padding]
-        own_settings, end_ids = self.model.generation_config, self._end_ids()
+        own_settings = self.model.generation_config
+        end_ids = self.end_ids
         # The model's own taste (temperature, penalties …) is no part of a measurement.
         self.model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
             eos_token_id=end_ids or None, pad_token_id=self.prefix_token_id
@@ -398,18 +421,14 @@ class LanguageModel:
             output = self.model.generate(  # type: ignore[operator] # typed as a Tensor
                 input_ids=torch.tensor(rows, device=self.device),
                 attention_mask=torch.tensor(mask, device=self.device),
-                stopping_criteria=StoppingCriteriaList(
-                    [_StopText(self.tokenizer, stop, length)] if stop else []
-                ),
-                **{"max_new_tokens": max_new_tokens, "do_sample": False, **options},
+                **{"max_new_tokens": max_new_tokens, "do_sample": False, **(options or {})},
             )
         finally:
             self.model.generation_config = own_settings
-        written = [_until(ids, end_ids) for ids in output[:, length:].tolist()]
-        texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
-        return [cut_at(text, stop) for text in texts]
+        return [_until(ids, end_ids) for ids in output[:, length:].tolist()]
 
-    def _end_ids(self) -> list[int]:
+    @property
+    def end_ids(self) -> list[int]:
         """The end marks of the model and of the tokenizer."""
         named = self.model.generation_config.eos_token_id
         ends = set(named if isinstance(named, list) else [named]) | {self.tokenizer.eos_token_id}

@@ -5,12 +5,15 @@ from __future__ import annotations
 import gc
 import json
 import random
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from samara.cli import main
 from samara.data.config import PrepareConfig
 from samara.data.prepare import PreparedCorpus, prepare
 
@@ -94,3 +97,33 @@ def pretrain_settings(small_corpus: PreparedCorpus) -> Callable[..., dict[str, A
         return settings
 
     return make
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command left behind."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def samara(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., Done]:
+    """Run the command as its entry point does, in this process and a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["samara", *arguments])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as leave:
+            code = int(leave.code or 0)
+        out, err = capsys.readouterr()
+        return Done(returncode=code, stdout=out, stderr=err)
+
+    return run

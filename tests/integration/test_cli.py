@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
 
 import pytest
 
 from samara import catalog
-from samara.cli import main
 from samara.errors import ConfigError
 
 RECIPE = """\
@@ -36,32 +34,6 @@ VERBS = [
     "generate",
     "check",
 ]
-
-
-@dataclass(frozen=True)
-class Done:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def samara(monkeypatch, capsys, tmp_path):
-    """Run the command as its entry point does, in this process and a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> Done:
-        monkeypatch.setattr(sys, "argv", ["samara", *arguments])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as leave:
-            code = int(leave.code or 0)
-        out, err = capsys.readouterr()
-        return Done(returncode=code, stdout=out, stderr=err)
-
-    return run
 
 
 @pytest.fixture
@@ -159,3 +131,18 @@ def test_an_unknown_verb_names_the_nearest(samara):
     done = samara("pretrian", "x.yaml")
     assert done.returncode == 2
     assert "pretrain" in done.stderr
+
+
+def test_design_takes_settings(samara, recipe):
+    done = samara("design", str(recipe), "model.num_hidden_layers=3", "--json")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["layers"]) == 3
+    assert len(json.loads(samara("design", str(recipe), "--json").stdout)["layers"]) == 2
+
+
+def test_design_of_a_setting_alone_asks_for_the_recipe(samara):
+    done = samara("design", "model.hidden_size=64")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "samara: model.hidden_size=64: is a setting; give the recipe that it changes, too\n"
+    )

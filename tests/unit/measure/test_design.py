@@ -9,7 +9,7 @@ import pytest
 
 from samara.errors import ConfigError
 from samara.measure.budget import budget
-from samara.measure.design import DesignInput, design_data, design_text
+from samara.measure.design import DesignInput, _percent, design_data, design_text
 from samara.measure.memory import training_memory
 from samara.model.config import ModelConfig
 from samara.recipe import load_recipe
@@ -152,3 +152,37 @@ def test_ranks_by_projection_are_named():
     text = design_text(design_data([small_input(model=model)]))
     assert "q 8" in text
     assert "up 4" in text
+
+
+def row_of(label: str, *inputs: DesignInput) -> str:
+    text = design_text(design_data(list(inputs)))
+    (line,) = [line for line in text.splitlines() if line.strip().startswith(label)]
+    return line
+
+
+def test_later_designs_carry_their_difference_from_the_first():
+    inputs = [small_input(), small_input(name="twice", tokens=20_000), small_input()]
+    line = row_of("token budget", *inputs)
+    assert line.split() == ["token", "budget", "10", "k", "20", "k", "(+100%)", "10", "k", "(±0%)"]
+    assert "%" not in row_of("recomputed", *inputs)  # of nothing there is no percentage
+    assert "%" not in row_of("token budget", small_input())
+
+
+def test_money_of_two_currencies_is_not_compared(tmp_path):
+    profile = tmp_path / "box.yaml"
+    profile.write_text(
+        "name: box\npeak_flops: {float32: 1e12, bfloat16: 2e12}\nmemory_bytes: 16000000000\n"
+        "watts: 100\nprice_per_hour: 1.0\ncurrency: EUR\nsource: measured\n"
+    )
+    inputs = small_input(), small_input(device_profile=str(profile))
+    assert row_of("estimated cost", *inputs).endswith("EUR")
+    assert row_of("estimated time", *inputs).endswith("%)")
+    assert row_of("estimated cost", small_input(), small_input()).endswith("(±0%)")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [(-0.38, "-38%"), (0.024, "+2.4%"), (0.0001, "±0%"), (9.5, "x10.5"), (0.996, "+100%")],
+)
+def test_differences_in_words(change, text):
+    assert _percent(change) == text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from samara.errors import ConfigError
@@ -93,3 +95,13 @@ def test_energy_and_money_by_hand(tmp_path):
     assert cost.money == pytest.approx(6.3)  # 6 h at 1.0, 0.6 kWh at 0.5
     assert cost.joules == pytest.approx(2.16e6)
     assert cost.currency == "EUR"
+
+
+def test_the_profile_in_the_docs_is_one(tmp_path):
+    page = (Path(__file__).resolve().parents[3] / "docs" / "devices.md").read_text()
+    path = tmp_path / "my-box.yaml"
+    path.write_text(page.split("```yaml\n")[1].split("```")[0])
+    profile = device_profile(path)
+    assert profile.name == "my-box"
+    assert profile.currency == "EUR"
+    assert profile.cuda_names == ("NVIDIA GeForce RTX 3060",)

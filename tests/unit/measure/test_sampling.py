@@ -7,10 +7,10 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from samara.data.tokenizer import train_tokenizer
-from samara.errors import CheckpointError, ConfigError
+from samara.errors import ConfigError
 from samara.measure.config import SamplingConfig
 from samara.measure.language_model import LanguageModel
-from samara.measure.sampling import sample_from_folder, sample_texts
+from samara.measure.sampling import sample_texts
 from samara.model.config import ModelConfig
 from samara.model.configuration import SamaraConfig
 from samara.model.loading import save_model
@@ -92,20 +92,6 @@ def test_greedy_text_is_the_argmax_of_the_uncached_model(language_model):
             break
         ids = torch.cat([ids, following[None, None]], dim=1)
     assert written == tokenizer.decode(ids[0, start:], skip_special_tokens=True)
-
-
-@pytest.mark.parametrize("where", ["model", "run"])
-def test_from_a_folder_comes_the_prompt_and_what_follows(folder, language_model, where):
-    path = folder if where == "model" else folder.parent
-    text = sample_from_folder(
-        path, "The elm", max_new_tokens=12, temperature=0.8, top_p=0.95, seed=0
-    )
-    assert text == "The elm" + texts(language_model, prompts=("The elm",))[0]
-
-
-def test_a_folder_without_a_model_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="holds no tokenizer"):
-        sample_from_folder(tmp_path, "x", max_new_tokens=4, temperature=0, top_p=1, seed=0)
 
 
 def test_too_many_tokens_for_the_context_are_refused(language_model):

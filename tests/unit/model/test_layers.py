@@ -7,7 +7,7 @@ import torch
 
 from samara.model.cola import LowRankLinear
 from samara.model.configuration import SamaraConfig
-from samara.model.layers import FeedForward, RMSNorm, linear, rotary_tables
+from samara.model.layers import FEW_ELEMENTS, FeedForward, RMSNorm, linear, rotary_tables
 from samara.model.modeling import SamaraForCausalLM
 
 
@@ -28,6 +28,18 @@ def test_norm_statistics_in_float32_survive_what_bfloat16_cannot() -> None:
     norm = RMSNorm(4096, eps=1e-6).bfloat16()
     x = torch.full((1, 4096), 300.0, dtype=torch.bfloat16)  # 300^2 * 4096 saturates a bf16 sum
     torch.testing.assert_close(norm(x), torch.ones_like(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("num_rows", [1, FEW_ELEMENTS])
+def test_norm_is_the_same_without_gradients(dtype: torch.dtype, num_rows: int) -> None:
+    norm = RMSNorm(16, eps=1e-6).to(dtype)
+    x = torch.randn(num_rows, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = norm(x).detach()
+    with torch.no_grad():
+        out = norm(x)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, expected)
 
 
 def test_norm_gradient_of_rounded_input() -> None:
