@@ -13,8 +13,8 @@ from pathlib import Path
 from samara.errors import ConfigError
 from samara.measure.budget import budget
 from samara.measure.design import DesignInput
-from samara.report.humanize import listed
-from samara.report.markup import Html, element, together
+from samara.report.humanize import count, listed
+from samara.report.markup import Html, element, paragraph, together
 from samara.report.page import ASSETS, assemble
 from samara.report.sections.shape import WIDTH, Shape, drawing, frame, height_of, shapes
 from samara.runs import write_text
@@ -45,10 +45,11 @@ def plot_designs(designs: Sequence[DesignInput], path: Path) -> None:
 
 def _page(shown: Sequence[Shape]) -> str:
     names = listed([item.name for item in shown])
+    sizes = listed([f"{count(item.budget.parameters.total)} parameters" for item in shown]) + "."
     return assemble(
         [shapes(shown)],
         title=f"Design of {names}",
-        headline=element("h1", f"Design of {names}"),
+        headline=together(element("h1", f"Design of {names}"), paragraph(sizes, class_="done")),
         contents=Html(),
         version="Samara",
     )
