@@ -11,12 +11,15 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 import typer.core
 
 from samara.errors import ConfigError, SamaraError, Stopped
+
+if TYPE_CHECKING:
+    from samara.measure.design import DesignInput
 
 # Plain help: with rich found, typer escapes brackets for it even where its markup is off.
 typer.core.HAS_RICH = False
@@ -190,6 +193,9 @@ def design(
             metavar="LIMITS",
         ),
     ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the layers' widths into this .svg or .html file.")
+    ] = None,
     write: Annotated[
         Path | None, typer.Option(help="With --fit: write the answer's recipe to this file.")
     ] = None,
@@ -203,11 +209,13 @@ def design(
 
     recipes, overrides = _recipes_and_settings(arguments)
     if limits:
-        _fit(recipes, overrides, limits, device=device, write=write, as_json=as_json)
+        _fit(recipes, overrides, limits, device=device, write=write, plot=plot, as_json=as_json)
         return
     if write is not None:
         raise ConfigError(f"--write {write}: goes with --fit, which makes a recipe to write")
-    data = design_data(design_inputs(recipes, overrides), device=device)
+    inputs = design_inputs(recipes, overrides)
+    _plot(inputs, plot)
+    data = design_data(inputs, device=device)
     typer.echo(json.dumps(data, indent=2) if as_json else design_text(data))
 
 
@@ -218,6 +226,7 @@ def _fit(
     *,
     device: str | None,
     write: Path | None,
+    plot: Path | None,
     as_json: bool,
 ) -> None:
     from samara.designs import fit_recipe
@@ -225,9 +234,19 @@ def _fit(
     from samara.measure.fit_table import fit_data, fit_text
 
     found = fit_recipe(recipes, overrides, parse_limits(limits), device=device, write=write)
+    _plot([found.best.input], plot)
     typer.echo(json.dumps(fit_data(found), indent=2) if as_json else fit_text(found))
     if write is not None:
         _say(f"{write}: the recipe; check it with `samara check {write}`")
+
+
+def _plot(designs: list[DesignInput], path: Path | None) -> None:
+    if path is None:
+        return
+    from samara.report.design_plot import plot_designs
+
+    plot_designs(designs, path)
+    _say(f"{path}: the layers' widths")
 
 
 def _recipes_and_settings(arguments: list[str]) -> tuple[list[Path], list[str]]:

@@ -265,7 +265,8 @@ def duration(seconds: float) -> str:
     """Three digits and the unit that suits: ``2.76 days``."""
     for size, unit in ((86400 * 2, "days"), (3600 * 2, "hours"), (60 * 2, "min")):
         if seconds >= size:
-            return f"{seconds / (size / 2):,.3g} {unit}"
+            amount = seconds / (size / 2)
+            return f"{amount:,.0f} {unit}" if amount >= 999.5 else f"{amount:.3g} {unit}"
     return f"{seconds:.3g} s"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from string import Template
 
@@ -43,17 +43,30 @@ ASSETS = Path(__file__).parent
 def render_page(inputs: Inputs) -> str:
     """The whole page. Equal inputs give the same bytes."""
     sections = [section for make in SECTIONS if (section := make(inputs)) is not None]
+    return assemble(
+        sections,
+        title=inputs.config.title,
+        headline=headline(inputs),
+        contents=_contents(sections),
+        version=_version(inputs),
+    )
+
+
+def assemble(
+    sections: Sequence[Section], *, title: str, headline: Html, contents: Html, version: str
+) -> str:
+    """Sections under a headline, as one file with its style and script inside."""
     template = (ASSETS / "page.html").read_text(encoding="utf-8")
     script = re.search(r"<script>(.*?)</script>", template, re.DOTALL)
     assert script is not None
     return Template(template).substitute(
-        title=escaped(inputs.config.title),
+        title=escaped(title),
         policy=_policy(script[1]),
         style=(ASSETS / "page.css").read_text(encoding="utf-8"),
-        contents=_contents(sections),
-        headline=headline(inputs),
+        contents=contents,
+        headline=headline,
         sections=joined([section.render() for section in sections], "\n"),
-        version=escaped(_version(inputs)),
+        version=escaped(version),
     )
 
 

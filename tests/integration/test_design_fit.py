@@ -158,3 +158,10 @@ def test_a_mistake_is_one_clear_line(samara, tmp_path, arguments, message):
     code, _, err = samara("design", *arguments)
     assert code == 2
     assert err == f"samara: {message}\n"
+
+
+@pytest.mark.parametrize("more", [[], ["--fit", "params=1M"]], ids=["design", "fit"])
+def test_the_layers_are_drawn(samara, tmp_path, more):
+    code, _, err = samara("design", "one.yaml", "--plot", "plot.svg", *more)
+    assert (code, err) == (0, "plot.svg: the layers' widths\n")
+    assert (tmp_path / "plot.svg").read_text().startswith("<svg ")

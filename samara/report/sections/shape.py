@@ -1,15 +1,16 @@
-"""The shape of each arm: heads, FFN width and rank of every layer, drawn to one scale."""
+"""The shape of designs: heads, FFN width and rank of every layer, drawn to one scale."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from samara.measure.budget import LayerBudget
+from samara.measure.budget import Budget, LayerBudget
 from samara.report import humanize
-from samara.report.inputs import Arm, Inputs
+from samara.report.inputs import Inputs
 from samara.report.markup import Html, element, joined, paragraph, together
-from samara.report.measures import color, named
+from samara.report.measures import color
 from samara.report.section import Section, missing
 
 WIDTH = 270  # units of the drawing: about the pixels of a column
@@ -19,8 +20,32 @@ TEXT_ROW = 12  # height of a line of numbers
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Frame:
-    """Where things stand in the drawing of every arm."""
+class Shape:
+    """A design to draw."""
+
+    name: str
+    color: int
+    """Which of the page's eight series colours it has."""
+    budget: Budget
+
+    @property
+    def layers(self) -> tuple[LayerBudget, ...]:
+        return self.budget.layers
+
+    @property
+    def caption(self) -> str:
+        """Its measures in a line."""
+        ranks = {_rank_text(layer) for layer in self.layers if _rank(layer)}
+        rank = f", rank {ranks.pop()}" if len(ranks) == 1 else ", low rank" if ranks else ""
+        return (
+            f"{len(self.layers)} layers, {humanize.whole(self.budget.hidden_size)} wide, heads of "
+            f"{self.layers[0].head_dim}{rank}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """Where things stand in the drawing of every design."""
 
     scale: float
     """Units per column of a matrix."""
@@ -40,9 +65,27 @@ def shape(inputs: Inputs) -> Section | None:
     """Small multiples: one tree per arm, the first layer at the bottom."""
     if not inputs.arms:
         return None
-    shown = inputs.finished
-    low_rank = any(_rank(layer) for arm in shown for layer in _layers(arm))
-    aside = together(
+    shown = [
+        Shape(name=arm.name, color=color(arm), budget=arm.budget)
+        for arm in inputs.finished
+        if arm.budget is not None
+    ]
+    if not shown:
+        body = missing("No arm has finished yet, so no shape is recorded.")
+        return Section(id="shape", title="Shape", aside=_legend(shown), body=body)
+    return shapes(shown)
+
+
+def shapes(shown: Sequence[Shape]) -> Section:
+    """The section of these designs, all to one scale, with their numbers as tables."""
+    one = frame(shown)
+    body = element("div", *(_panel(item, one) for item in shown), class_="shapes")
+    return Section(id="shape", title="Shape", aside=_legend(shown), body=body)
+
+
+def _legend(shown: Sequence[Shape]) -> Html:
+    low_rank = any(_rank(layer) for item in shown for layer in item.layers)
+    return together(
         paragraph(
             "One row per layer, the first at the bottom, all to one scale. Left: query heads, a "
             "box each, over the key-value heads they share. Right: the width of the FFN. The "
@@ -55,17 +98,6 @@ def shape(inputs: Inputs) -> Section | None:
         if low_rank
         else None,
     )
-    if not shown:
-        body = missing("No arm has finished yet, so no shape is recorded.")
-        return Section(id="shape", title="Shape", aside=aside, body=body)
-    frame = _frame(shown)
-    body = element("div", *(_panel(arm, frame) for arm in shown), class_="shapes")
-    return Section(id="shape", title="Shape", aside=aside, body=body)
-
-
-def _layers(arm: Arm) -> tuple[LayerBudget, ...]:
-    assert arm.budget is not None
-    return arm.budget.layers
 
 
 def _rank(layer: LayerBudget) -> int:
@@ -73,15 +105,16 @@ def _rank(layer: LayerBudget) -> int:
     return max(linear.rank for linear in layer.linears.values())
 
 
-def _frame(shown: tuple[Arm, ...]) -> _Frame:
-    layers = [layer for arm in shown for layer in _layers(arm)]
+def frame(shown: Sequence[Shape]) -> Frame:
+    """The common scale of designs."""
+    layers = [layer for item in shown for layer in item.layers]
     attention = max(layer.num_query_heads * layer.head_dim for layer in layers)
     ffn = max(layer.ffn_dim for layer in layers)
     neck = max(_rank(layer) for layer in layers)
     scale = (WIDTH - 2 * EDGE - 10) / (attention + neck + ffn)
     left = EDGE + attention * scale
-    most = max(len(_layers(arm)) for arm in shown)
-    return _Frame(
+    most = max(len(item.layers) for item in shown)
+    return Frame(
         scale=scale,
         left=left,
         right=left + 10 + neck * scale,
@@ -89,9 +122,33 @@ def _frame(shown: tuple[Arm, ...]) -> _Frame:
     )
 
 
-def _panel(arm: Arm, frame: _Frame) -> Html:
-    layers = _layers(arm)
-    height = TOP + len(layers) * frame.row + 6
+def _panel(item: Shape, frame: Frame) -> Html:
+    return element(
+        "figure",
+        element(
+            "figcaption",
+            element("b", item.name, class_=f"arm s{item.color}"),
+            element("span", item.caption),
+        ),
+        drawing(item, frame),
+        element("details", element("summary", "Numbers"), _numbers(item.layers)),
+    )
+
+
+def height_of(item: Shape, frame: Frame) -> float:
+    """Height of a drawing, in its units; its width is :data:`WIDTH`."""
+    return TOP + len(item.layers) * frame.row + 6
+
+
+def drawing(item: Shape, frame: Frame, **place: float) -> Html:
+    """One design's layers.
+
+    Args:
+        item: The design.
+        frame: The scale that it shares with others.
+        place: x, y, width and height, for a drawing within another.
+    """
+    layers, height = item.layers, height_of(item, frame)
     numbered = _numbered(len(layers), frame)
     drawn = [
         _layer(
@@ -110,32 +167,27 @@ def _panel(arm: Arm, frame: _Frame) -> Html:
         element("text", "attention", x=frame.left, y=11, class_="tick end"),
         element("text", "FFN", x=frame.right, y=11, class_="tick start"),
     )
-    picture = element(
+    return element(
         "svg",
         stream,
         titles,
         *drawn,
+        **place,
         viewBox=f"0 0 {WIDTH} {height:.0f}",
-        class_=f"shape series s{color(arm)}",
+        class_=f"shape series s{item.color}",
         role="img",
-        aria_label=_description(arm),
-    )
-    return element(
-        "figure",
-        element("figcaption", named(arm), element("span", _caption(arm))),
-        picture,
-        element("details", element("summary", "Numbers"), _numbers(layers)),
+        aria_label=_description(item),
     )
 
 
-def _numbered(num_layers: int, frame: _Frame) -> set[int]:
+def _numbered(num_layers: int, frame: Frame) -> set[int]:
     """The layers that have room for their numbers: evenly, the first and the last among them."""
     apart = math.ceil(TEXT_ROW / frame.row)
     steps = max(1, (num_layers - 1) // apart)
     return {round(k * (num_layers - 1) / steps) for k in range(steps + 1)}
 
 
-def _layer(layer: LayerBudget, frame: _Frame, *, top: float, numbered: bool, number: int) -> Html:
+def _layer(layer: LayerBudget, frame: Frame, *, top: float, numbered: bool, number: int) -> Html:
     rank = _rank(layer)
     height = frame.row * 0.78
     head = layer.head_dim * frame.scale
@@ -210,21 +262,9 @@ def _rank_text(layer: LayerBudget) -> str:
     return humanize.DASH.join(texts[:1] + texts[-1:] if len(texts) > 1 else texts)
 
 
-def _caption(arm: Arm) -> str:
-    assert arm.summary is not None
-    design, layers = arm.summary.design, _layers(arm)
-    ranks = {_rank_text(layer) for layer in layers if _rank(layer)}
-    rank = f", rank {ranks.pop()}" if len(ranks) == 1 else ", low rank" if ranks else ""
-    return (
-        f"{design.num_hidden_layers} layers, {humanize.whole(design.hidden_size)} wide, heads of "
-        f"{design.head_dim}{rank}"
-    )
-
-
-def _description(arm: Arm) -> str:
-    layers = _layers(arm)
-    first, last = layers[0], layers[-1]
-    return f"Layers of {arm.name}. First: {_words(first)}. Last: {_words(last)}."
+def _description(item: Shape) -> str:
+    first, last = item.layers[0], item.layers[-1]
+    return f"Layers of {item.name}. First: {_words(first)}. Last: {_words(last)}."
 
 
 def _numbers(layers: tuple[LayerBudget, ...]) -> Html:

@@ -9,7 +9,7 @@ import pytest
 
 from samara.errors import ConfigError
 from samara.measure.budget import budget
-from samara.measure.design import DesignInput, _percent, design_data, design_text
+from samara.measure.design import DesignInput, _percent, design_data, design_text, duration
 from samara.measure.memory import training_memory
 from samara.model.config import ModelConfig
 from samara.recipe import load_recipe
@@ -186,3 +186,11 @@ def test_money_of_two_currencies_is_not_compared(tmp_path):
 )
 def test_differences_in_words(change, text):
     assert _percent(change) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(3, "3 s"), (600, "10 min"), (28_800, "8 hours"), (259_200, "3 days"), (1.6e8, "1,852 days")],
+)
+def test_times_in_words(seconds, text):
+    assert duration(seconds) == text

@@ -8,8 +8,10 @@ from dataclasses import replace
 import pytest
 
 from samara.errors import ConfigError
+from samara.measure import fit as fit_module
 from samara.measure.budget import budget
 from samara.measure.design import DesignInput, design_data
+from samara.measure.devices import device_profile
 from samara.measure.fit import Limits, families, fit, parse_limits, predicted_loss
 from samara.measure.fit_table import fit_data, fit_text
 from samara.model.config import LayerwiseScaling, ModelConfig
@@ -99,6 +101,31 @@ def test_limits_combine():
     assert data["memory"]["total"] <= 6e7
     assert data["training"]["flops"] <= 2e13
     assert data["estimate"]["seconds"] <= 0.05 * 3600
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "limits", [Limits(flops=3e12), Limits(params=8e5), Limits(hours=0.01, memory=4e7)], ids=str
+)
+def test_what_the_search_leaves_out_could_not_win(name, limits, monkeypatch):
+    monkeypatch.setattr(fit_module, "LARGEST_HIDDEN_SIZE", 512)
+    model, base = FAMILIES[name], recipe_input(FAMILIES[name])
+    search = fit_module._Search(
+        base=base,
+        model=model,
+        limits=limits,
+        profile=device_profile("cpu-2core"),
+        utilization=0.4,
+    )
+    for family in families(model):
+        every = [
+            search.in_memory(one)
+            for width, depths in search.shapes(family)
+            for depth in depths
+            if (one := search.candidate(family, width, depth)) is not None
+        ]
+        best = min((one for one in every if one is not None), key=lambda one: one.loss)
+        assert search.best(family) == best
 
 
 def test_the_same_question_has_the_same_answer():
