@@ -15,6 +15,7 @@ from pydantic import (
 
 from samara.config import Config
 from samara.data.config import DataConfig
+from samara.data.objectives import CausalObjective, Objective
 from samara.errors import ConfigError
 from samara.model.config import ModelConfig
 
@@ -170,6 +171,8 @@ class PretrainConfig(Config):
     init_from: str | None = None
     """A model folder or `stage:NAME` to go on from (continued pretraining on other text)."""
     data: DataConfig
+    objective: Objective = CausalObjective()
+    """What the model learns to predict."""
     optimizer: Optimizer
     schedule: Schedule = Cosine()
     training: TrainingConfig

@@ -4,6 +4,7 @@ The run folder gets
 
     checkpoints/  averages/   to go on from, and the members of the final mean
     metrics.jsonl             the log
+    tokenizer/                the corpus' with the special tokens of the objective; none if causal
     model/                    the result: a Hugging Face folder with its tokenizer
     summary.json              what it is, what it cost, how good it became
     lineage.json              what it was made from, and the compute spent, ancestors' included
@@ -20,9 +21,11 @@ from typing import Any
 import torch
 
 from samara.data.loader import training_batches
+from samara.data.objective_rows import EVALUATION_SEED, objective_rows, objective_tokenizer
+from samara.data.objectives import CausalObjective, MaskedObjective
 from samara.data.prepare import PreparedCorpus, open_corpus
-from samara.data.tokenizer import FOLDER_FILES
-from samara.data.tokens import PackedSequences
+from samara.data.rows import Rows
+from samara.data.tokenizer import FOLDER_FILES, TextTokenizer
 from samara.errors import ConfigError, ResourceError
 from samara.measure.budget import Budget, budget
 from samara.measure.config import DeviceProfile
@@ -30,7 +33,7 @@ from samara.measure.devices import device_profile, estimated_cost
 from samara.measure.loss import evaluate_loss
 from samara.measure.memory import training_memory
 from samara.model.loading import save_model
-from samara.model.modeling import SamaraForCausalLM, set_activation_checkpointing
+from samara.model.modeling import set_activation_checkpointing
 from samara.progress import ProgressLine
 from samara.runs import Compute, Lineage, RunFolder, new_folder, write_json
 from samara.train.averaging import Averages, member_steps
@@ -38,9 +41,9 @@ from samara.train.checkpoint import Checkpoints, TrainingState, disk_errors, swe
 from samara.train.config import PretrainConfig
 from samara.train.loop import Costs, Hooks, Record, Update, train
 from samara.train.memory import PeakMemory, check_memory
-from samara.train.objective import CausalLM
+from samara.train.objective import make_objective
 from samara.train.optim import Optimizer
-from samara.train.origin import Origin, find_origin, weights_hash
+from samara.train.origin import LanguageModel, Origin, find_origin, weights_hash
 from samara.train.parallel import Place, choose_place, compile_model, eager
 from samara.train.schedule import learning_rate
 from samara.train.sinks import Sink, open_sinks
@@ -64,11 +67,12 @@ def pretrain(config: PretrainConfig, run: RunFolder) -> None:
             f"training: runs in one process, and {place.world_size} were started; start one"
         )
     corpus = open_corpus(config.data.corpus, cache=cache_folder())
-    origin = find_origin(config, corpus)
+    tokenizer = open_tokenizer(config, corpus, run)
+    origin = find_origin(config, tokenizer)
     micro_batch_size = config.training.micro_batch_size or config.training.batch_size
     needed = predict_memory(config, origin, place, micro_batch_size=micro_batch_size)
     check_memory(predicted=needed, device=place.device)
-    job = Job(config, run, corpus, origin, place, micro_batch_size)
+    job = Job(config, run, corpus, tokenizer, origin, place, micro_batch_size)
     job.resume()
     try:
         job.train()
@@ -84,6 +88,23 @@ def pretrain(config: PretrainConfig, run: RunFolder) -> None:
 def cache_folder() -> Path:
     """Where corpora given inline are prepared, once each."""
     return Path(os.environ.get("SAMARA_CACHE", "~/.cache/samara")).expanduser() / "corpora"
+
+
+def open_tokenizer(config: PretrainConfig, corpus: PreparedCorpus, run: RunFolder) -> TextTokenizer:
+    """The corpus' tokenizer, in the run folder with special tokens where the objective needs any.
+
+    It is made anew each time: the same files come out, and none is half-written.
+    """
+    if isinstance(config.objective, CausalObjective):
+        return TextTokenizer.load(corpus.tokenizer_folder)
+    folder = run.path / "tokenizer"
+    shutil.rmtree(folder, ignore_errors=True)
+    return objective_tokenizer(
+        config.objective,
+        corpus.tokenizer_folder,
+        folder,
+        sequence_length=config.data.sequence_length,
+    )
 
 
 def predict_memory(
@@ -110,11 +131,13 @@ class Job:
         config: PretrainConfig,
         run: RunFolder,
         corpus: PreparedCorpus,
+        tokenizer: TextTokenizer,
         origin: Origin,
         place: Place,
         micro_batch_size: int,
     ) -> None:
         self.config, self.run, self.corpus, self.origin = config, run, corpus, origin
+        self.tokenizer = tokenizer
         self.place, self.micro_batch_size = place, micro_batch_size
         self.num_steps = config.training.num_steps(config.data.sequence_length)
         self.budget: Budget = budget(origin.design)
@@ -131,24 +154,27 @@ class Job:
             identity={"corpus": corpus.hash, **origin.parents},
         )
         self.averages = Averages(run.path / "averages", self._average_steps())
-        self.training_set = self._dataset("train")
+        self.training_set = self._dataset("train", seed=config.seed)
         has_validation = corpus.statistics["splits"]["validation"]["tokens"] > 0
         self.validation_set = self._dataset("validation") if has_validation else None
 
-    def _build_model(self) -> SamaraForCausalLM:
+    def _build_model(self) -> LanguageModel:
         torch.manual_seed(self.config.seed)
-        model = self.origin.build(self.corpus)
+        model = self.origin.build(self.config.objective, self.tokenizer)
         set_activation_checkpointing(model, self.config.training.activation_checkpointing)
         model.to(self.place.device)  # type: ignore[arg-type] # transformers wraps it untyped
         if self.config.training.compile:
             compile_model(model)
         return model
 
-    def _dataset(self, split: str) -> PackedSequences:
-        return PackedSequences(
+    def _dataset(self, split: str, *, seed: int = EVALUATION_SEED) -> Rows:
+        return objective_rows(
+            self.config.objective,
             self.corpus.tokens(split),
+            self.tokenizer,
             sequence_length=self.config.data.sequence_length,
             document_boundaries=self.config.data.document_boundaries,
+            seed=seed,
         )
 
     def _average_steps(self) -> tuple[int, ...]:
@@ -194,7 +220,7 @@ class Job:
         ):
             train(
                 self.model,
-                objective=CausalLM(z_loss=settings.z_loss),
+                objective=make_objective(self.config.objective, z_loss=settings.z_loss),
                 optimizer=self.optimizer,
                 learning_rate=self._learning_rate,
                 batches=batches,
@@ -217,9 +243,12 @@ class Job:
 
     def _costs(self) -> Costs:
         length = self.config.data.sequence_length
+        # Of a prefix LM the causal half too: what the prefix adds differs from row to row.
+        masked = isinstance(self.config.objective, MaskedObjective)
+        useful = self.budget.flops_per_token(length, "full" if masked else "causal")
         return Costs(
             flops_per_token=self.budget.flops_per_token(length).training,
-            useful_flops_per_token=self.budget.flops_per_token(length, "causal").training,
+            useful_flops_per_token=useful.training,
             peak_flops=self.profile.peak_flops[self.config.training.precision],
         )
 
@@ -266,7 +295,7 @@ class Job:
         if self._average_steps():
             self.averages.load_mean(self.model)
             averaged = None if self.validation_set is None else self.evaluate()
-        export(self.model, self.corpus, self.run.path / "model")
+        export(self.model, self.tokenizer, self.run.path / "model")
         cost = estimated_cost(self.profile, seconds=self.state.seconds)
         spent = Compute(
             tokens=self.state.tokens,
@@ -287,6 +316,7 @@ class Job:
         assert costs.peak_flops is not None
         return {
             "schema": 1,
+            "objective": self.config.objective.kind,
             "parameters": parameters.total,
             "embedding_parameters": parameters.embedding,
             "flops_per_token": costs.flops_per_token,
@@ -313,7 +343,7 @@ class Job:
         }
 
 
-def export(model: SamaraForCausalLM, corpus: PreparedCorpus, folder: Path) -> None:
+def export(model: LanguageModel, tokenizer: TextTokenizer, folder: Path) -> None:
     """Write a Hugging Face folder with its tokenizer, complete or absent.
 
     Raises:
@@ -323,8 +353,8 @@ def export(model: SamaraForCausalLM, corpus: PreparedCorpus, folder: Path) -> No
         with disk_errors():
             save_model(model, staging)
         for name in FOLDER_FILES:
-            if (corpus.tokenizer_folder / name).exists():
-                shutil.copyfile(corpus.tokenizer_folder / name, staging / name)
+            if (tokenizer.folder / name).exists():
+                shutil.copyfile(tokenizer.folder / name, staging / name)
 
 
 def _progress(
