@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from samara.data.chat import ChatEncoder, ChatRows
 from samara.data.chat_records import Conversation, read_conversations
 from samara.data.chat_template import save_with_chat_template
-from samara.measure.loss import mean_loss
+from samara.measure.loss import evaluate_loss
 from samara.model.loading import load_model
 from samara.model.modeling import SamaraForCausalLM
 from samara.runs import hash_file, hash_weights, model_folder
@@ -85,7 +85,7 @@ def measure(folder: Path, data: Path, arguments: argparse.Namespace) -> dict[str
             ChatEncoder(tokenizer_folder),
             sequence_length=arguments.sequence_length,
         )
-        loss = mean_loss(model, rows, batch_size=8, device=device, precision="float32")
+        loss = evaluate_loss(model, rows, batch_size=8, device=device, precision="float32").loss
         return {
             "weights_hash": hash_weights(folder),
             "loss_on_answers": loss,

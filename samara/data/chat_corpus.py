@@ -14,6 +14,7 @@ from samara.data.chat import ChatEncoder, ChatRows
 from samara.data.chat_records import Conversation, read_conversations
 from samara.data.config import ChatConfig, SplitConfig
 from samara.data.local_files import find_files
+from samara.data.objectives import CausalObjective
 from samara.data.splits import split_of
 from samara.data.tokenizer import TextTokenizer
 from samara.errors import DataError
@@ -25,6 +26,7 @@ class ChatCorpus:
 
     Attributes:
         hash: Of the files' contents, the split and the tokenizer with its chat template.
+        objective: Next-token prediction, counted on the answers.
         tokenizer: A tokenizer with a chat template.
         statistics: Per split the :class:`~samara.data.chat.ChatStatistics`, and what was skipped.
     """
@@ -40,6 +42,7 @@ class ChatCorpus:
             DataError: If a file is missing or a record malformed (with file and line), if one is
                 too long and to be refused, or if a split that is asked for is empty.
         """
+        self.objective = CausalObjective()
         self.tokenizer = tokenizer
         self._config, self._encoder = config, ChatEncoder(tokenizer.folder)
         self._validation_files = _files(config.validation_paths, key="data.validation_paths")

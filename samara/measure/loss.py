@@ -6,7 +6,8 @@ one, and a batch counter started at 1 has made published perplexities 1 to 3 % t
 relatives, see the paper's code): neither can happen here.
 
 Sums are kept per document, in float64, on the CPU: the unit of resampling for intervals
-(:mod:`samara.measure.compare`) and of bits per byte.
+(:mod:`samara.measure.compare`) and of bits per byte. Where text is masked or denoised the unit
+is the row: noise is drawn for each, and a row of UL2 may hold parts of several documents.
 
 Shapes: b batch, t positions, v vocabulary.
 """
@@ -28,6 +29,7 @@ from transformers import PreTrainedModel
 from samara.data.rows import Batch, Rows
 from samara.data.tokens import IGNORE_INDEX, PackedSequences
 from samara.model.cross_entropy import per_token_nll
+from samara.model.masked_lm import SamaraForMaskedLM
 from samara.model.modeling import SamaraForCausalLM
 
 Precision = Literal["float32", "bfloat16"]
@@ -36,6 +38,8 @@ Precision = Literal["float32", "bfloat16"]
 @dataclass(frozen=True, kw_only=True)
 class LossResult:
     """Sums per document of the split, in its order, up to the last document that was reached.
+
+    Of other rows than packed ones: sums per row, and no bytes.
 
     Attributes:
         nll_sum: (documents,) summed negative log-likelihood in nats.
@@ -89,7 +93,7 @@ def rows_within(dataset: Rows, max_tokens: int | None) -> int:
 
 def evaluate_loss(
     model: PreTrainedModel,
-    dataset: PackedSequences,
+    dataset: Rows,
     *,
     batch_size: int,
     device: torch.device,
@@ -97,13 +101,14 @@ def evaluate_loss(
     max_tokens: int | None = None,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> LossResult:
-    """Score a model on the rows of a packed split.
+    """Score a model on the rows of a split.
 
     Args:
-        model: Any causal language model of ``transformers``, on ``device``. It is put into
-            evaluation mode and left in the mode it was in.
-        dataset: The split. Without ``document_boundaries``, the step to a document's first token
-            counts for the document before it.
+        model: Any causal language model of ``transformers``, on ``device``, or for other than
+            packed rows the model of ours that they are for. It is put into evaluation mode and
+            left in the mode it was in.
+        dataset: The rows. Of packed ones without ``document_boundaries``, the step to a document's
+            first token counts for the document before it.
         batch_size: Rows at a time; the result depends on it by rounding only.
         device: Where the model is.
         precision: ``bfloat16``: autocast; softmax and sums keep full precision.
@@ -111,9 +116,10 @@ def evaluate_loss(
         on_progress: Called with the number of rows done.
     """
     num_rows = rows_within(dataset, max_tokens)
-    num_documents = dataset.shards.num_documents
-    nll_sum = torch.zeros(num_documents, dtype=torch.float64)
-    num_targets = torch.zeros(num_documents, dtype=torch.int64)
+    packed = dataset if isinstance(dataset, PackedSequences) else None
+    num_units = num_rows if packed is None else packed.shards.num_documents
+    nll_sum = torch.zeros(num_units, dtype=torch.float64)
+    num_targets = torch.zeros(num_units, dtype=torch.int64)
     training = model.training
     model.train(False)
     try:
@@ -122,46 +128,20 @@ def evaluate_loss(
             batch = dataset.batch(range(start, stop))
             nll_bt = _batch_nll(model, batch, device, precision)
             counted_bt = batch["targets"] != IGNORE_INDEX
-            documents = batch["document_ids"][counted_bt]
-            nll_sum.index_add_(0, documents, nll_bt[counted_bt])
-            num_targets.index_add_(0, documents, torch.ones_like(documents))
+            rows_bt = torch.arange(start, stop)[:, None].expand_as(counted_bt)
+            units = (rows_bt if packed is None else batch["document_ids"])[counted_bt]
+            nll_sum.index_add_(0, units, nll_bt[counted_bt])
+            num_targets.index_add_(0, units, torch.ones_like(units))
             on_progress(stop)
     finally:
         model.train(training)
-    return _result(dataset, num_rows, nll_sum.numpy(), num_targets.numpy())
-
-
-def mean_loss(
-    model: PreTrainedModel,
-    dataset: Rows,
-    *,
-    batch_size: int,
-    device: torch.device,
-    precision: Precision,
-    max_tokens: int | None = None,
-) -> float:
-    """Nats per target over any rows of a causal language model, as conversations; NaN without one.
-
-    Args:
-        model: See :func:`evaluate_loss`, as for the others.
-        dataset: The rows.
-        batch_size: Rows at a time.
-        device: Where the model is.
-        precision: Of the forward pass.
-        max_tokens: Use the first rows only.
-    """
-    num_rows = rows_within(dataset, max_tokens)
-    nll_sum, num_targets = 0.0, 0
-    training = model.training
-    model.train(False)
-    try:
-        for start in range(0, num_rows, batch_size):
-            batch = dataset.batch(range(start, min(start + batch_size, num_rows)))
-            nll_sum += float(_batch_nll(model, batch, device, precision).sum())
-            num_targets += int((batch["targets"] != IGNORE_INDEX).sum())
-    finally:
-        model.train(training)
-    return _divide(nll_sum, num_targets)
+    if packed is not None:
+        return _result(packed, num_rows, nll_sum.numpy(), num_targets.numpy())
+    return LossResult(
+        nll_sum=nll_sum.numpy(),
+        num_targets=num_targets.numpy(),
+        num_bytes=np.zeros(num_rows, dtype=np.int64),
+    )
 
 
 @torch.no_grad()
@@ -169,14 +149,15 @@ def _batch_nll(
     model: PreTrainedModel, batch: Batch, device: torch.device, precision: Precision
 ) -> Tensor:
     """Negative log-likelihood of each target (b, t), float64 on the CPU; 0 where not counted."""
-    input_ids, targets_bt, position_ids = (
-        batch[name].to(device, non_blocking=True)
-        for name in ("input_ids", "targets", "position_ids")
-    )
+    on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    input_ids, targets_bt = on_device["input_ids"], on_device["targets"]
+    position_ids = on_device["position_ids"]
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
-        if isinstance(model, SamaraForCausalLM):
+        if isinstance(model, SamaraForCausalLM | SamaraForMaskedLM):
             hidden_btd = model.model(
-                input_ids=input_ids, position_ids=position_ids
+                input_ids=input_ids,
+                position_ids=position_ids,
+                prefix_length=on_device.get("prefix_length"),
             ).last_hidden_state
             nll_bt = per_token_nll(hidden_btd, model.lm_head.weight, targets_bt)
         else:

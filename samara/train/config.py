@@ -15,6 +15,7 @@ from pydantic import (
 
 from samara.config import Config
 from samara.data.config import ChatConfig, DataConfig
+from samara.data.objectives import CausalObjective, Objective
 from samara.errors import ConfigError
 from samara.model.config import ModelConfig
 
@@ -170,6 +171,8 @@ class PretrainConfig(Config):
     init_from: str | None = None
     """A model folder or `stage:NAME` to go on from (continued pretraining on other text)."""
     data: DataConfig
+    objective: Objective = CausalObjective()
+    """What the model learns to predict."""
     optimizer: Optimizer
     schedule: Schedule = Cosine()
     training: TrainingConfig
@@ -180,6 +183,11 @@ class PretrainConfig(Config):
     def _check(self) -> Self:
         if (self.model is None) == (self.init_from is None):
             raise ConfigError("give one of model and init_from")
+        if self.data.rows.kind != "packed" and self.objective.kind != "causal_lm":
+            raise ConfigError(
+                f"data.rows: {self.data.rows.kind} rows go with objective causal_lm, "
+                f"not {self.objective.kind}; use packed"
+            )
         if self.model is not None:
             if self.training.activation_checkpointing == "cola_m" and self.model.cola is None:
                 raise ConfigError(

@@ -9,15 +9,18 @@ from typing import Any
 
 import torch
 
-from samara.data.prepare import PreparedCorpus
+from samara.data.objectives import MaskedObjective, Objective
 from samara.data.tokenizer import TOKENIZER_FILE, TextTokenizer
 from samara.errors import CheckpointError, ConfigError, DataError
 from samara.model.config import ModelConfig
 from samara.model.configuration import SamaraConfig
 from samara.model.loading import load_model
+from samara.model.masked_lm import SamaraForMaskedLM
 from samara.model.modeling import SamaraForCausalLM
 from samara.runs import Compute, RunFolder, hash_weights, model_folder, read_json
 from samara.train.config import PretrainConfig
+
+LanguageModel = SamaraForCausalLM | SamaraForMaskedLM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,21 +39,26 @@ class Origin:
     parents: Mapping[str, str] = field(default_factory=dict)
     inherited: Compute = field(default_factory=Compute)
 
-    def build(self, tokenizer: TextTokenizer) -> SamaraForCausalLM:
+    def build(self, objective: Objective, tokenizer: TextTokenizer) -> LanguageModel:
         """Make the model, in float32 on the CPU; fresh weights come from torch's generator.
 
         Args:
+            objective: Decides which way attention looks, and the head.
             tokenizer: Gives the ids of begin, end and padding; generation stops at the end mark.
         """
+        masked = isinstance(objective, MaskedObjective)
         special_tokens = tokenizer.special_tokens
         if self.folder is None:
             config = SamaraConfig.from_design(
                 self.design,
+                attention="bidirectional" if masked else "causal",
                 bos_token_id=special_tokens["bos_token_id"],
                 eos_token_id=special_tokens["eos_token_id"],
                 pad_token_id=special_tokens["pad_token_id"],
             )
-            return SamaraForCausalLM(config)
+            return SamaraForMaskedLM(config) if masked else SamaraForCausalLM(config)
+        if masked:
+            return load_model(self.folder, model_class=SamaraForMaskedLM, dtype=torch.float32)
         model = load_model(self.folder, dtype=torch.float32)
         for name, token_id in special_tokens.items():
             if token_id is not None:
@@ -59,19 +67,19 @@ class Origin:
         return model
 
 
-def find_origin(config: PretrainConfig, corpus: PreparedCorpus) -> Origin:
-    """Resolve ``model`` or ``init_from`` of a recipe against the corpus.
+def find_origin(config: PretrainConfig, tokenizer: TextTokenizer) -> Origin:
+    """Resolve ``model`` or ``init_from`` of a recipe against the tokenizer that it trains with.
 
     Raises:
         ConfigError: If the design's vocabulary or context, or the tokenizer, does not fit.
         CheckpointError: If ``init_from`` holds no whole Samara model.
     """
     if config.model is not None:
-        return Origin(design=config.model.expand(vocab_size=corpus.vocab_size))
+        return Origin(design=config.model.expand(vocab_size=tokenizer.vocab_size))
     assert config.init_from is not None
     origin = origin_of(config.init_from, sequence_length=config.data.sequence_length)
     assert origin.folder is not None
-    _check_tokenizer(origin.folder, corpus)
+    _check_tokenizer(origin.folder, tokenizer)
     return origin
 
 
@@ -112,15 +120,15 @@ def _read_design(folder: Path) -> ModelConfig:
     return config.to_design()
 
 
-def _check_tokenizer(folder: Path, corpus: PreparedCorpus) -> None:
+def _check_tokenizer(folder: Path, tokenizer: TextTokenizer) -> None:
     """Refuse to go on with other tokens than the weights were trained on."""
     try:
-        own, other = TextTokenizer.load(folder), TextTokenizer.load(corpus.tokenizer_folder)
+        own = TextTokenizer.load(folder)
     except DataError as error:
         raise ConfigError(f"init_from: {error}") from error
-    if _content(own) != _content(other):
+    if _content(own) != _content(tokenizer):
         raise ConfigError(
-            f"init_from: the tokenizer of {folder} is not that of the corpus {corpus.folder}; "
+            f"init_from: the tokenizer of {folder} is not that of {tokenizer.folder}; "
             f"prepare the corpus with tokenizer: {{kind: load, path: {folder}}}"
         )
 

@@ -4,6 +4,7 @@ The run folder gets
 
     checkpoints/  averages/   to go on from, and the members of the final mean
     metrics.jsonl             the log
+    tokenizer/                the corpus' with the special tokens of the objective; none if causal
     model/                    the result: a Hugging Face folder with its tokenizer
     summary.json              what it is, what it cost, how good it became
     lineage.json              what it was made from, and the compute spent, ancestors' included
@@ -20,17 +21,19 @@ from typing import Any
 import torch
 
 from samara.data.loader import training_batches
-from samara.data.prepare import open_corpus
+from samara.data.objective_rows import objective_tokenizer
+from samara.data.objectives import CausalObjective, MaskedObjective
+from samara.data.prepare import PreparedCorpus, open_corpus
 from samara.data.tokenizer import FOLDER_FILES, TextTokenizer
 from samara.data.training_data import CorpusData, TrainingData
 from samara.errors import ConfigError, ResourceError
 from samara.measure.budget import Budget, budget
 from samara.measure.config import DeviceProfile
 from samara.measure.devices import device_profile, estimated_cost
-from samara.measure.loss import mean_loss
+from samara.measure.loss import evaluate_loss
 from samara.measure.memory import training_memory
 from samara.model.loading import save_model
-from samara.model.modeling import SamaraForCausalLM, set_activation_checkpointing
+from samara.model.modeling import set_activation_checkpointing
 from samara.progress import ProgressLine
 from samara.runs import Compute, Lineage, RunFolder, hash_weights, new_folder, write_json
 from samara.train.averaging import Averages, member_steps
@@ -38,9 +41,9 @@ from samara.train.checkpoint import Checkpoints, TrainingState, disk_errors, swe
 from samara.train.config import InstructConfig, PretrainConfig, TrainingConfig
 from samara.train.loop import Costs, Hooks, Record, Update, train
 from samara.train.memory import PeakMemory, check_memory
-from samara.train.objective import CausalLM
+from samara.train.objective import make_objective
 from samara.train.optim import Optimizer
-from samara.train.origin import Origin, find_origin
+from samara.train.origin import LanguageModel, Origin, find_origin
 from samara.train.parallel import Place, choose_place, compile_model, uncompiled
 from samara.train.schedule import learning_rate
 from samara.train.sinks import Sink, open_sinks
@@ -60,8 +63,12 @@ def pretrain(config: PretrainConfig, run: RunFolder) -> None:
     """
     place = training_place(config.training)
     corpus = open_corpus(config.data.corpus, cache=cache_folder())
-    origin = find_origin(config, corpus)
-    carry_out(config, run, CorpusData(corpus, config.data), origin, place)
+    tokenizer = open_tokenizer(config, corpus, run)
+    origin = find_origin(config, tokenizer)
+    data = CorpusData(
+        corpus, config.data, objective=config.objective, tokenizer=tokenizer, seed=config.seed
+    )
+    carry_out(config, run, data, origin, place)
 
 
 def carry_out(
@@ -109,6 +116,23 @@ def training_place(config: TrainingConfig) -> Place:
 def cache_folder() -> Path:
     """Where corpora given inline are prepared, once each."""
     return Path(os.environ.get("SAMARA_CACHE", "~/.cache/samara")).expanduser() / "corpora"
+
+
+def open_tokenizer(config: PretrainConfig, corpus: PreparedCorpus, run: RunFolder) -> TextTokenizer:
+    """The corpus' tokenizer, in the run folder with special tokens where the objective needs any.
+
+    It is made anew each time: the same files come out, and none is half-written.
+    """
+    if isinstance(config.objective, CausalObjective):
+        return TextTokenizer.load(corpus.tokenizer_folder)
+    folder = run.path / "tokenizer"
+    shutil.rmtree(folder, ignore_errors=True)
+    return objective_tokenizer(
+        config.objective,
+        corpus.tokenizer_folder,
+        folder,
+        sequence_length=config.data.sequence_length,
+    )
 
 
 def predict_memory(
@@ -163,9 +187,9 @@ class Job:
         self.training_set = corpus.training_rows()
         self.validation_set = corpus.validation_rows()
 
-    def _build_model(self) -> SamaraForCausalLM:
+    def _build_model(self) -> LanguageModel:
         torch.manual_seed(self.config.seed)
-        model = self.origin.build(self.corpus.tokenizer)
+        model = self.origin.build(self.corpus.objective, self.corpus.tokenizer)
         set_activation_checkpointing(model, self.config.training.activation_checkpointing)
         model.to(self.place.device)  # type: ignore[arg-type] # transformers wraps it untyped
         if self.config.training.compile:
@@ -215,7 +239,7 @@ class Job:
         ):
             train(
                 self.model,
-                objective=CausalLM(z_loss=settings.z_loss),
+                objective=make_objective(self.corpus.objective, z_loss=settings.z_loss),
                 optimizer=self.optimizer,
                 learning_rate=self._learning_rate,
                 batches=batches,
@@ -238,9 +262,12 @@ class Job:
 
     def _costs(self) -> Costs:
         length = self.config.data.sequence_length
+        # Of a prefix LM the causal half too: what the prefix adds differs from row to row.
+        masked = isinstance(self.corpus.objective, MaskedObjective)
+        useful = self.budget.flops_per_token(length, "full" if masked else "causal")
         return Costs(
             flops_per_token=self.budget.flops_per_token(length).training,
-            useful_flops_per_token=self.budget.flops_per_token(length, "causal").training,
+            useful_flops_per_token=useful.training,
             peak_flops=self.profile.peak_flops[self.config.training.precision],
         )
 
@@ -266,14 +293,14 @@ class Job:
         """Validation loss of the weights as they are."""
         assert self.validation_set is not None
         with uncompiled(self.model):
-            return mean_loss(
+            return evaluate_loss(
                 self.model,
                 self.validation_set,
                 batch_size=self.micro_batch_size,
                 device=self.place.device,
                 precision=self.config.training.precision,
                 max_tokens=self.config.training.evaluate_max_tokens,
-            )
+            ).loss
 
     def _save(self, state: TrainingState) -> None:
         # The member first: a checkpoint at a step says that the step's member is there.
@@ -307,6 +334,7 @@ class Job:
         assert costs.peak_flops is not None
         return {
             "schema": 1,
+            "objective": self.corpus.objective.kind,
             "parameters": parameters.total,
             "embedding_parameters": parameters.embedding,
             "flops_per_token": costs.flops_per_token,
@@ -333,7 +361,7 @@ class Job:
         }
 
 
-def export(model: SamaraForCausalLM, tokenizer: TextTokenizer, folder: Path) -> None:
+def export(model: LanguageModel, tokenizer: TextTokenizer, folder: Path) -> None:
     """Write a Hugging Face folder with its tokenizer, complete or absent.
 
     Raises:
