@@ -277,7 +277,7 @@ def convert(
 ) -> None:
     """Rewrite a model for another runtime; tokenizer, template and model card travel along.
 
-    Example: samara convert runs/own-text model.gguf --to gguf
+    Example: samara convert runs/openelm-270m openelm-270m-gguf --to gguf
     """
     from samara.model.interchange.convert import convert as convert_model
 

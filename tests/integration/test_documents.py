@@ -52,6 +52,14 @@ def test_every_command_of_the_readme_parses(command):
             assert (ROOT / argument).exists()
 
 
+def test_the_recipes_in_the_examples_of_help_exist():
+    text = (ROOT / "samara" / "cli.py").read_text(encoding="utf-8")
+    named = re.findall(r"recipes/[\w.-]+\.yaml", text)
+    assert named
+    for path in named:
+        assert (ROOT / path).exists(), path
+
+
 def test_every_make_target_of_the_readme_exists():
     makefile = (ROOT / "Makefile").read_text()
     for command in COMMANDS:
