@@ -56,13 +56,20 @@ def _decide(
     if not status:
         return "run", "new"
     if status.get("fingerprint") != fingerprints[stage.name]:
-        return "redo", _what_changed(stage, run, recipe, out)
+        changed_inputs = [
+            name
+            for name in stage.needs
+            if RunFolder(out / name).status().get("fingerprint") != fingerprints[name]
+        ]
+        return "redo", _what_changed(stage, run, recipe, out, changed_inputs)
     if status["state"] == "finished":
         return "skip", "finished, unchanged"
     return "resume", f"was {status['state']}"
 
 
-def _what_changed(stage: Stage, run: RunFolder, recipe: Recipe, out: Path) -> str:
+def _what_changed(
+    stage: Stage, run: RunFolder, recipe: Recipe, out: Path, changed_inputs: list[str]
+) -> str:
     if not run.recipe_path.exists():
         return "its recipe was not recorded"
     new = stage_recipe(recipe, stage, out)
@@ -70,7 +77,7 @@ def _what_changed(stage: Stage, run: RunFolder, recipe: Recipe, out: Path) -> st
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         return f"changed: {'; '.join(changed[:3])}{more}"
-    return f"changed: an input ({', '.join(stage.needs)})"
+    return f"changed: its input {', '.join(changed_inputs)}"
 
 
 def stage_recipe(recipe: Recipe, stage: Stage, out: Path) -> dict[str, Any]:

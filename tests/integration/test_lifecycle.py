@@ -88,7 +88,7 @@ def test_a_changed_stage_is_redone_with_what_needs_it_and_says_why(chain, tmp_pa
     assert actions(chain, out) == ["redo", "redo"]
     said = run(chain, out)
     assert said[0].startswith("first (prepare): changed: prepare.tokenizer.vocab_size: 280 -> 270;")
-    assert "second (prepare): changed: an input (first);" in said[2]
+    assert "second (prepare): changed: its input first;" in said[2]
     assert PreparedCorpus.open(out / "second").vocab_size == 270
     assert PreparedCorpus.open(out / "superseded" / "first-1").vocab_size == 280
 
