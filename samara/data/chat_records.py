@@ -13,15 +13,13 @@ missing. A conversation without an answer holds nothing to learn: it is left out
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
+from samara.data.text_lines import read_json_lines
 from samara.errors import DataError, did_you_mean
 
 Role = Literal["system", "user", "assistant"]
@@ -71,17 +69,8 @@ def read_conversations(
     """
     skipped = skipped if skipped is not None else Counter()
     for path in paths:
-        for number, line in enumerate(_lines(path), start=1):
-            if not line.strip():
-                continue
-            origin = f"{path}:{number}"
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise DataError(
-                    f"{origin}: not valid JSON: {error}; mend or remove the line"
-                ) from error
-            for conversation in conversations_of_record(record, origin=origin):
+        for number, record in read_json_lines(path):
+            for conversation in conversations_of_record(record, origin=f"{path}:{number}"):
                 if conversation.messages:
                     yield conversation
                 else:
@@ -192,30 +181,3 @@ def _text(record: dict[str, Any], field: str, place: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{place}: field '{field}' holds {value!r:.60}, not text")
     return value
-
-
-# --- files ------------------------------------------------------------------------------------
-
-
-def _open(path: Path) -> IO[bytes]:
-    try:
-        if path.name.endswith(".gz"):
-            return gzip.open(path, "rb")  # type: ignore[return-value] # reads bytes as any file
-        return path.open("rb")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-def _lines(path: Path) -> Iterator[str]:
-    number = 0
-    try:
-        with _open(path) as file:
-            for line in file:
-                number += 1
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}:{number}: not UTF-8 (byte {error.start} of the line); convert the file"
-        ) from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read to the end: {error}") from error

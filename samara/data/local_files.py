@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import glob
-import gzip
 import io
-import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from samara.data.config import LocalFiles
 from samara.data.documents import LABELS, Document, first_line, readable
+from samara.data.text_lines import open_file, read_json_lines, read_lines
 from samara.errors import DataError, did_you_mean
 
 KINDS = (".txt", ".jsonl", ".parquet")
@@ -85,7 +84,7 @@ def read_files(source: LocalFiles, paths: Sequence[Path]) -> Iterator[Document]:
         elif source.text_documents == "passages":
             yield from _read_passages(path, label)
         else:
-            yield make_document("".join(_lines(path)), id=label, module=label)
+            yield make_document("".join(read_lines(path)), id=label, module=label)
 
 
 def make_document(text: str, *, id: str, **labels: str) -> Document:
@@ -133,40 +132,8 @@ def _kind(path: Path) -> str:
     raise DataError(f"{path}: cannot be read; give .txt, .jsonl or .parquet, each also with .gz")
 
 
-def _open(path: Path) -> BinaryIO:
-    try:
-        return cast(BinaryIO, gzip.open(path)) if path.name.endswith(".gz") else path.open("rb")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file."""
-    number = 0
-    with _open(path) as file:
-        try:
-            for line in file:
-                number += 1
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path}:{number}: not UTF-8 (byte {error.start} of the line is "
-                f"0x{error.object[error.start]:02x}); convert the file, as with iconv"
-            ) from error
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path}: cannot be read to the end: {error}") from error
-
-
 def _read_json_lines(path: Path, label: str, text_field: str) -> Iterator[Document]:
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise DataError(
-                f"{path}:{number}: not valid JSON: {error}; mend or remove the line"
-            ) from error
+    for number, record in read_json_lines(path):
         yield document_of_record(
             record,
             text_field=text_field,
@@ -178,7 +145,7 @@ def _read_json_lines(path: Path, label: str, text_field: str) -> Iterator[Docume
 def _read_passages(path: Path, label: str) -> Iterator[Document]:
     passage: list[str] = []
     start = size = 0
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         if not line.strip() and size >= PASSAGE_CHARACTERS:
             yield make_document("".join(passage), id=f"{label}:{start}", module=label)
             passage, size = [], 0
@@ -199,7 +166,7 @@ def _read_parquet(path: Path, label: str, text_field: str) -> Iterator[Document]
             f"{path}: Parquet files need the package pyarrow; pip install 'samara[data]'"
         ) from None
     try:
-        with _open(path) as file:
+        with open_file(path) as file:
             table = pyarrow.parquet.ParquetFile(
                 io.BytesIO(file.read()) if path.name.endswith(".gz") else file
             )

@@ -15,22 +15,21 @@ pickled.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from samara.errors import CheckpointError
+from samara.model.disk_errors import disk_errors
 from samara.runs import (
     differences,
     hash_file,
@@ -225,16 +224,6 @@ def write_tensors(
         }
         content = {"schema": SCHEMA, "identity": identity, "state": state, "files": files}
         write_json(staging / STATE, {**content, "sha256": hash_json(content)})
-
-
-@contextlib.contextmanager
-def disk_errors() -> Iterator[None]:
-    """Turn a failed write of safetensors into an ``OSError``, as those of every other write are."""
-    try:
-        yield
-    except SafetensorError as error:
-        code = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(code[1]) if code else errno.EIO, str(error)) from error
 
 
 def verify(path: Path) -> dict[str, Any]:

@@ -32,12 +32,13 @@ from samara.measure.config import DeviceProfile
 from samara.measure.devices import device_profile, estimated_cost
 from samara.measure.loss import evaluate_loss
 from samara.measure.memory import training_memory
+from samara.model.disk_errors import disk_errors
 from samara.model.loading import save_model
 from samara.model.modeling import set_activation_checkpointing
 from samara.progress import ProgressLine
 from samara.runs import Compute, Lineage, RunFolder, hash_weights, new_folder, write_json
 from samara.train.averaging import Averages, member_steps
-from samara.train.checkpoint import Checkpoints, TrainingState, disk_errors, sweep
+from samara.train.checkpoint import Checkpoints, TrainingState, sweep
 from samara.train.config import InstructConfig, PretrainConfig, TrainingConfig
 from samara.train.loop import Costs, Hooks, Record, Update, train
 from samara.train.memory import PeakMemory, check_memory

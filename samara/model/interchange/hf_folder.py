@@ -6,11 +6,9 @@ names to. Pickled weights are never opened: a pickle runs whatever code its make
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from samara.errors import CheckpointError, ConfigError
+from samara.model.disk_errors import disk_errors
 from samara.model.interchange.stored_tensors import DTYPES, StoredTensor, Tensors, dtype_name
 from samara.runs import read_json, write_bytes, write_json
 
@@ -228,13 +227,3 @@ def parse_size(text: str) -> int:
     if size <= 0:
         raise ConfigError(f"max_shard_size: '{text}' is no size; write it as 5GB or 200MB")
     return size
-
-
-@contextlib.contextmanager
-def disk_errors() -> Iterator[None]:
-    """Turn safetensors' error of a full disk into the ``OSError`` that other writers raise."""
-    try:
-        yield
-    except SafetensorError as error:
-        code = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(code[1]) if code else errno.EIO, str(error)) from error
