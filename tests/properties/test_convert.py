@@ -70,7 +70,8 @@ def test_an_openelm_config_reads_back_as_the_same_design(design):
     st.integers(4, 24),
     st.sampled_from([32, 64]),
     st.integers(1, 4),
-    st.tuples(st.floats(0.3, 1.0), st.floats(1.0, 2.0)),
+    # Two decimals, as the field holds: other ends need not have a range, see below.
+    st.tuples(st.integers(30, 100), st.integers(100, 200)).map(lambda p: (p[0] / 100, p[1] / 100)),
     st.tuples(st.floats(0.5, 2.0), st.floats(2.0, 5.0)),
 )
 def test_every_layer_wise_scaling_has_a_range_for_apples_code(
@@ -86,6 +87,17 @@ def test_every_layer_wise_scaling_has_a_range_for_apples_code(
     again = parse_openelm_config(PATH, fields)  # from qkv_multipliers alone
     assert [again.num_query_heads, again.num_kv_heads] == list(lists.values())
     assert all(len(str(m)) <= 4 for m in fields["qkv_multipliers"])  # two decimals
+
+
+def test_ends_between_two_decimals_may_have_no_range_and_go_by_their_lists():
+    design = ModelConfig(
+        hidden_size=12 * 32, num_hidden_layers=4, head_dim=32, vocab_size=10,
+        layerwise_scaling=LayerwiseScaling(alpha=(0.375, 1.375), beta=(1.0, 2.0)),
+    )  # fmt: skip
+    config = SamaraConfig.from_design(design)
+    fields = openelm_config(config)
+    assert "qkv_multipliers" not in fields
+    assert parse_openelm_config(PATH, fields).to_design() == config.to_design()
 
 
 @settings(max_examples=40, deadline=None)
