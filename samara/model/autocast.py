@@ -7,8 +7,12 @@ from torch import Tensor
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a product of ``x`` runs; the meta device has no autocast."""
+    """The dtype in which a product of ``x`` runs.
+
+    The meta device has no autocast. It is told by its name: torch 2.11 cannot compile
+    ``torch.amp.is_autocast_available``.
+    """
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype

@@ -47,12 +47,21 @@ class RMSNorm(nn.Module):
         if not x.is_cuda and torch.is_grad_enabled():
             normed: Tensor = _Normalize.apply(x, self.eps)  # type: ignore[no-untyped-call]
             return normed * self.weight
+        if x.is_cuda:
+            return self._in_one_kernel(x)
         wide = x if x.dtype == torch.float64 else x.float()
-        if x.is_cuda or x.numel() <= FEW_ELEMENTS:
+        if x.numel() <= FEW_ELEMENTS:
             wide = functional.rms_norm(wide, self.weight.shape, eps=self.eps)
         else:
             wide = wide * _inverse_root_mean_square(wide, self.eps)
         return wide.to(x.dtype) * self.weight
+
+    def _in_one_kernel(self, x: Tensor) -> Tensor:
+        """CUDA's kernel has float32 inside, and takes the weight along where the dtypes agree."""
+        shape = self.weight.shape
+        if self.weight.dtype == x.dtype:
+            return functional.rms_norm(x, shape, self.weight, eps=self.eps).to(x.dtype)
+        return functional.rms_norm(x, shape, eps=self.eps).to(x.dtype) * self.weight
 
     def extra_repr(self) -> str:
         """Width and eps, for ``print(model)``."""
