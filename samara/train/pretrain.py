@@ -157,7 +157,13 @@ def predict_memory(
 
 
 class Job:
-    """One run of the verb, from a fresh or interrupted folder to its summary."""
+    """One run of the verb, from a fresh or interrupted folder to its summary.
+
+    Attributes:
+        first_batch: Batches of the data's order that were read before this run.
+    """
+
+    first_batch = 0
 
     def __init__(
         self,
@@ -215,24 +221,24 @@ class Job:
             self.state = checkpoint.state
         self.run.truncate_metrics(self.state.step)
 
-    def train(self) -> None:
-        """Run the loop to the last step."""
+    def train(self, *, until: int | None = None) -> None:
+        """Run the loop to the last step, or to step ``until`` of the same course."""
         settings = self.config.training
-        start = self.state.step
+        start, end = self.state.step, self.num_steps if until is None else until
         batches = training_batches(
             self.training_set,
             batch_size=settings.batch_size,
             micro_batch_size=self.micro_batch_size,
             seed=self.config.seed,
-            start_step=start,
-            num_steps=self.num_steps - start,
+            start_step=self.first_batch + start,
+            num_steps=end - start,
             rank=self.place.rank,
             world_size=self.place.world_size,
             num_workers=self.config.data.num_workers,
             pin_memory=self.place.device.type == "cuda",
         )
         label = f"train {self.run.path.name}"
-        total = self.num_steps * settings.batch_size * self.config.data.sequence_length
+        total = end * settings.batch_size * self.config.data.sequence_length
         with (
             StopSignal() as stop,
             open_sinks(self.config.logging.sinks, run=self.run, start_step=start) as sinks,
@@ -245,7 +251,7 @@ class Job:
                 learning_rate=self._learning_rate,
                 batches=batches,
                 state=self.state,
-                num_steps=self.num_steps,
+                num_steps=end,
                 precision=settings.precision,
                 clip_grad_norm=settings.clip_grad_norm,
                 costs=self._costs(),
@@ -308,8 +314,12 @@ class Job:
         self.averages.add(self.model, step=state.step)
         self.checkpoints.save(self.model, self.optimizer, state)
 
-    def finish(self) -> None:
-        """Average, export, and write what was spent."""
+    def finish(self, *, beside: Compute = Compute()) -> None:
+        """Average, export, and write what was spent.
+
+        Args:
+            beside: Compute of this run that is not in its state, as of trials that were dropped.
+        """
         averaged = None
         if self._average_steps():
             self.averages.load_mean(self.model)
@@ -324,7 +334,7 @@ class Job:
         )
         parents = {"data": self.corpus.hash, **self.origin.parents}
         self.run.write_lineage(
-            Lineage(parents=parents, spent=spent, inherited=self.origin.inherited)
+            Lineage(parents=parents, spent=spent + beside, inherited=self.origin.inherited)
         )
         write_json(self.run.path / "summary.json", self._summary(averaged))
 
