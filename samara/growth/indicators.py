@@ -49,7 +49,7 @@ def landscape(
     weights = [parameter.detach().clone() for parameter in parameters]
     moments = {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
     training = model.training
-    model.eval()
+    model.train(False)
     optimizer.zero_grad()
     try:
         centre = _mean_loss(model, objective, batches, precision, divisor, backward=True)

@@ -84,7 +84,8 @@ def _extrapolated(curve: Curve, rungs: Sequence[int], *, horizon: int) -> float 
         return curve.loss[last]
     decay = min(STEEPEST_DECAY, later / earlier) if earlier > 0.0 else STEEPEST_DECAY
     doublings = math.log2(horizon / last)
-    return curve.loss[last] - later * decay * (1.0 - decay**doublings) / (1.0 - decay)
+    still: float = decay * (1.0 - decay**doublings) / (1.0 - decay)
+    return curve.loss[last] - later * still
 
 
 def kendall_tau_b(x: Sequence[float], y: Sequence[float]) -> float | None:
@@ -239,4 +240,5 @@ def _foretold(
 def best_metric(found: Mapping[Metric, Foretelling]) -> Metric:
     """The metric that gained most on the loss; ``loss`` where none did."""
     gains = {metric: round(one.tau_b - one.loss_tau_b, 9) for metric, one in found.items()}
-    return max(METRICS, key=lambda m: (gains.get(m, 0.0 if m == "loss" else -math.inf), m == "loss"))
+    best: Metric = max(gains, key=lambda metric: gains[metric], default="loss")
+    return best if gains.get(best, 0.0) > 0.0 else "loss"

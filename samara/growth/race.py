@@ -94,7 +94,8 @@ def reach(*, closing: float, gamma: float, doublings: float) -> float:
         gamma: By which factor that falls with each further doubling, in [0, 1).
         doublings: How many are left, ``log2(horizon / steps)``.
     """
-    return max(0.0, closing) * gamma * (1.0 - gamma**doublings) / (1.0 - gamma)
+    share: float = (1.0 - gamma**doublings) / (1.0 - gamma)
+    return max(0.0, closing) * gamma * share
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -187,7 +187,7 @@ class RaceRecord:
 
     @property
     def spent(self) -> float:
-        """FLOPs of all candidates so far; one that failed is charged the whole rung it failed in."""
+        """FLOPs of all candidates so far; who failed is charged the whole rung he failed in."""
         return sum(one.flops for one in self.entrants.values()) + self.failed_flops
 
     @property
@@ -224,6 +224,13 @@ class RaceRecord:
             raise RaceError(
                 f"candidates: all {len(self.entrants)} failed ({reasons}); the source is untouched"
             )
+
+    @property
+    def undecided(self) -> list[str]:
+        """Where the race is unresolved: between whom."""
+        if self.resolved or not self.winner:
+            return []
+        return list(self.contenders) if len(self.contenders) > 1 else [o.name for o in self.live]
 
     def affords(self, price: float) -> bool:
         """Whether the cap leaves room for it."""

@@ -314,7 +314,7 @@ class Job:
         self.averages.add(self.model, step=state.step)
         self.checkpoints.save(self.model, self.optimizer, state)
 
-    def finish(self, *, beside: Compute = Compute()) -> None:
+    def finish(self, *, beside: Compute | None = None) -> None:
         """Average, export, and write what was spent.
 
         Args:
@@ -326,15 +326,20 @@ class Job:
             averaged = None if self.validation_set is None else self.evaluate()
         export(self.model, self.corpus.tokenizer, self.run.path / "model")
         cost = estimated_cost(self.profile, seconds=self.state.seconds)
-        spent = Compute(
+        own = Compute(
             tokens=self.state.tokens,
             flops=self.state.flops,
             seconds=self.state.seconds,
             joules=cost.joules,
         )
+        spent = own if beside is None else own + beside
         parents = {"data": self.corpus.hash, **self.origin.parents}
         self.run.write_lineage(
-            Lineage(parents=parents, spent=spent + beside, inherited=self.origin.inherited)
+            Lineage(
+                parents=parents,
+                spent=spent + (beside or Compute()),
+                inherited=self.origin.inherited,
+            )
         )
         write_json(self.run.path / "summary.json", self._summary(averaged))
 

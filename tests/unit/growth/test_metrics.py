@@ -110,16 +110,16 @@ def test_auto_takes_what_foretold_later_losses():
     }
     found = foretelling(curves, horizon=1000)
     assert found["sharpness"].tau_b > found["loss"].tau_b
-    assert found["loss_drop"].tau_b == found["loss_drop"].loss_tau_b == 1.0  # late, when all is easy
+    assert (
+        found["loss_drop"].tau_b == found["loss_drop"].loss_tau_b == 1.0
+    )  # late, when all is easy
     assert "gradient_norm" not in found
     assert best_metric(found) == "sharpness"
 
 
 def test_auto_prefers_the_loss_among_equals_and_where_nothing_is_known():
     assert best_metric({}) == "loss"
-    equal, better = (
-        Foretelling(tau_b=tau, loss_tau_b=0.5, num_pairs=3) for tau in (0.5, 0.75)
-    )
+    equal, better = (Foretelling(tau_b=tau, loss_tau_b=0.5, num_pairs=3) for tau in (0.5, 0.75))
     assert best_metric({"loss": equal, "sharpness": equal}) == "loss"
     assert best_metric({"loss": equal, "loss_drop": equal, "extrapolation": better}) == (
         "extrapolation"
