@@ -34,7 +34,7 @@ from samara.growth.operator_config import (
     Solar,
     Stack,
 )
-from samara.growth.plan import check_growth
+from samara.growth.plan import check_growth, layer_widths
 from samara.model.config import ModelConfig
 
 Factor = Literal["new_layers", "moments", "depth"]
@@ -106,7 +106,22 @@ def _what_it_does(
 ) -> tuple[str, ...]:
     """Equal for operators that differ in their settings only."""
     layer_map = check_growth(source, target, operator).layer_map
-    return (str(layer_map), operator.width, f"{operator.noise:g}", operator.moments)
+    moments = operator.moments
+    if not _widens(source, target, layer_map):
+        silent = all(
+            m.zero_output for m, new in zip(layer_map.layers, layer_map.is_new, strict=True) if new
+        )
+        if moments == "copy" or (moments == "zero" and silent):
+            moments = "map"  # nothing is scaled; what is new and silent starts afresh in any case
+    return (str(layer_map), operator.width, f"{operator.noise:g}", moments)
+
+
+def _widens(source: ModelConfig, target: ModelConfig, layer_map: LayerMap) -> bool:
+    return source.hidden_size != target.hidden_size or any(
+        layer_widths(source, layer.sources[0]) != layer_widths(target, position)
+        for position, layer in enumerate(layer_map.layers)
+        if layer.sources
+    )
 
 
 def _value(operator: OperatorConfig, factor: Factor) -> str:

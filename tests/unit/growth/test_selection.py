@@ -109,7 +109,13 @@ def test_the_paired_race_waits_out_the_recovery_and_finds_the_best():
     assert record.stopped_by == "one_left"
     assert record.rungs[1].left == ()  # nobody leaves at the first rung
     assert all(one.left_at is not None for n, one in record.entrants.items() if n != "stack")
-    assert record.settled_at() is not None
+
+
+def test_the_settle_point_is_found_where_the_race_goes_on_after_it():
+    record = race(CURVES, FixedRace(k=400, measurements=4))
+    assert [rung.leader for rung in record.rungs] == ["exact", "exact", "stack", "stack", "stack"]
+    assert record.settled_at() == 100
+    assert [one.same_leader for one in record.agreements()] == [True, False, True, True]
 
 
 def test_k_0_is_the_loss_at_the_start():
@@ -190,7 +196,7 @@ def test_what_is_spent_never_exceeds_the_cap(cap, kind, count):
 
 
 def test_a_cap_that_binds_leaves_it_unresolved():
-    record = race(CURVES, PairedRace(cap=0.25))
+    record = race(CURVES, PairedRace(cap=0.1))
     assert record.stopped_by == "cap"
     assert not record.resolved
     assert set(record.undecided) >= {record.winner}
@@ -263,7 +269,7 @@ def test_a_metric_that_cannot_be_told_yet_gives_way_to_the_loss():
 
 
 def test_extrapolation_sees_a_crossing_coming():
-    curves = {"quick": power(2.5, 2.0), "slow": power(2.0, 5.0)}
+    curves = {"quick": power(2.5, 2.0), "slow": power(2.0, 8.0)}
     rule = FixedRace(k=200, measurements=3)
     assert race(curves, rule).winner == "quick"
     assert race(curves, rule, metric="extrapolation", horizon=100_000).winner == "slow"
