@@ -82,8 +82,8 @@ def open_source(config: GrowConfig, corpus: PreparedCorpus, tokenizer: TextToken
         message = str(error).removeprefix("init_from: ").replace("init_from", "source")
         raise type(error)(f"source: {message}") from error
     _check_objective(config, origin.folder)
-    run = RunFolder(origin.folder.parent if origin.folder.name == "model" else path)
-    checkpoint = newest_checkpoint(run.path)
+    run = RunFolder(path)
+    checkpoint = newest_checkpoint(path)  # of a run; a model folder has none
     _check_moments(config, checkpoint, path)
     first_row, note = _position(config, corpus, run, checkpoint)
     return Source(

@@ -5,7 +5,7 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from samara.errors import ConfigError
@@ -75,28 +75,45 @@ def plan_stages(config: GrowConfig, source: ModelConfig) -> tuple[GrowthStage, .
         first = stages[-1].last_step if stages else 0
         fitting, left_out = _fitting(config, design, target)
         warmup = config.stages.rewarmup_steps if config.stages and stages else 0
-        stage = GrowthStage(
-            number=number,
-            is_last=number == len(targets),
-            source=design,
-            target=target,
-            first_step=first,
-            last_step=first + length,
-            rewarmup_steps=warmup,
-            first_rung=first_rung(
-                warmup_steps=warmup if stages else warmup_steps(config.schedule, num_steps=total),
-                beta2=_beta2(config),
-            ),
-            candidates=fitting,
-            left_out=left_out,
+        stages.append(
+            GrowthStage(
+                number=number,
+                is_last=number == len(targets),
+                source=design,
+                target=target,
+                first_step=first,
+                last_step=first + length,
+                rewarmup_steps=warmup,
+                first_rung=first_rung(
+                    warmup_steps=warmup
+                    if stages
+                    else warmup_steps(config.schedule, num_steps=total),
+                    beta2=_beta2(config),
+                ),
+                candidates=fitting,
+                left_out=left_out,
+            )
         )
+    _check_candidates(config, stages)
+    for stage in stages:
         _check_race(config, stage)
-        stages.append(stage)
+    return tuple(stages)
+
+
+def _check_candidates(config: GrowConfig, stages: Sequence[GrowthStage]) -> None:
+    """Each fits somewhere, and each stage has one that fits."""
+    if len(stages) > 1:
+        for stage in stages:
+            if not stage.candidates:
+                label, reason = next(iter(stage.left_out.items()))
+                raise ConfigError(
+                    f"candidates: none fits stage {stage.number} of {len(stages)}; {label}: "
+                    f"{reason}"
+                )
     for number, operator in enumerate(config.candidates):
-        if all(operator.label not in stage.candidates for stage in stages):
+        if all(operator.label in stage.left_out for stage in stages):
             reason = stages[0].left_out[operator.label]
             raise ConfigError(f"candidates.{number} ({operator.label}): {reason}")
-    return tuple(stages)
 
 
 def _expanded(target: ModelConfig, source: ModelConfig) -> ModelConfig:
@@ -124,9 +141,6 @@ def _beta2(config: GrowConfig) -> float:
 
 def _check_race(config: GrowConfig, stage: GrowthStage) -> None:
     where = f"stage {stage.number} of {len(config.targets)}"
-    if not stage.candidates:
-        label, reason = next(iter(stage.left_out.items()))
-        raise ConfigError(f"candidates: none fits {where}; {label}: {reason}")
     race, proposals = config.race, config.proposals
     if race is None:
         return

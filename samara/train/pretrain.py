@@ -40,7 +40,7 @@ from samara.runs import Compute, Lineage, RunFolder, hash_weights, new_folder, w
 from samara.train.averaging import Averages, member_steps
 from samara.train.checkpoint import Checkpoints, TrainingState, sweep
 from samara.train.config import InstructConfig, PretrainConfig, TrainingConfig
-from samara.train.loop import Costs, Hooks, Record, Update, train
+from samara.train.loop import Costs, Hooks, Record, Update, stopped, train
 from samara.train.memory import PeakMemory, check_memory
 from samara.train.objective import make_objective
 from samara.train.optim import Optimizer
@@ -258,6 +258,8 @@ class Job:
                 hooks=self._hooks(line, sinks),
                 stop=stop,
             )
+        if stop.number is not None and end < self.num_steps:  # caught in the last of these steps
+            raise stopped(self.state, stop.number, saved=True)
 
     def _learning_rate(self, step: int) -> float:
         return learning_rate(
@@ -335,11 +337,7 @@ class Job:
         spent = own if beside is None else own + beside
         parents = {"data": self.corpus.hash, **self.origin.parents}
         self.run.write_lineage(
-            Lineage(
-                parents=parents,
-                spent=spent + (beside or Compute()),
-                inherited=self.origin.inherited,
-            )
+            Lineage(parents=parents, spent=spent, inherited=self.origin.inherited)
         )
         write_json(self.run.path / "summary.json", self._summary(averaged))
 
