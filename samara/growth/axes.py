@@ -194,7 +194,7 @@ class TensorRule:
         return per_unit if self.inputs is None or dim == 1 else per_unit[:, None]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Noise:
     """Noise on copies' outgoing weights that sums to zero over the copies of each unit.
 

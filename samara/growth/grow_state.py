@@ -6,7 +6,7 @@ widened to its place in the target. Nothing of the source is changed or shared.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +15,14 @@ from torch import Tensor
 from samara.errors import CheckpointError
 from samara.growth.axes import Noise, grow_weight
 from samara.growth.layer_map import LayerMap
-from samara.growth.moments import grow_optimizer_entries
+from samara.growth.moments import grow_optimizer
 from samara.growth.operator_config import OperatorConfig
 from samara.growth.parameters import GrownParameter, grown_parameters
 from samara.growth.plan import Exactness, check_growth
 from samara.growth.state import GrowthState
 from samara.model.config import ModelConfig
 from samara.model.configuration import SamaraConfig
+from samara.model.interchange.stored_model import expected_tensors
 from samara.model.modeling import SamaraForCausalLM
 from samara.train.checkpoint import named_weights
 
@@ -58,35 +59,58 @@ def grow(state: GrowthState, *, target: ModelConfig, operator: OperatorConfig, s
         CheckpointError: If weights or optimizer state are not those of the design.
     """
     plan = check_growth(state.design, target, operator)
+    _check_state(state, operator)
     parameters = list(grown_parameters(state.design, plan, operator))
-    _check_state(state, parameters, operator)
-    fresh = fresh_weights(plan.design, seed) if any(map(_needs_fresh, parameters)) else {}
-    noise = None
-    if operator.noise:
-        generator = torch.Generator().manual_seed(seed)
-        noise = Noise(strength=operator.noise, generator=generator)
-    weights = {
-        parameter.name: _grow_parameter(parameter, state.weights, fresh=fresh, noise=noise)
-        for parameter in parameters
-    }
+    needs_fresh = any(parameter.needs_fresh for parameter in parameters)
+    fresh = fresh_weights(plan.design, seed) if needs_fresh else {}
+    weights = grow_weights(parameters, state.weights, fresh=fresh, operator=operator, seed=seed)
     optimizer: dict[str, Tensor] | None = None
     if state.optimizer is not None:
         assert state.betas is not None
-        optimizer = {
-            f"{parameter.name}.{key}": value
-            for parameter in parameters
-            for key, value in grow_optimizer_entries(
-                parameter, state.optimizer, operator=operator, betas=state.betas
-            ).items()
-        }
+        optimizer = grow_optimizer(
+            parameters, state.optimizer, operator=operator, betas=state.betas
+        )
+    grown = GrowthState(design=plan.design, weights=weights, optimizer=optimizer, betas=state.betas)
     return Grown(
-        state=GrowthState(
-            design=plan.design, weights=weights, optimizer=optimizer, betas=state.betas
-        ),
+        state=grown,
         exactness=plan.exactness,
         layer_map=plan.layer_map,
         warnings=plan.warnings,
     )
+
+
+def grow_weights(
+    parameters: Sequence[GrownParameter],
+    weights: Mapping[str, Tensor],
+    *,
+    fresh: Mapping[str, Tensor],
+    operator: OperatorConfig,
+    seed: int,
+) -> dict[str, Tensor]:
+    """Make the larger model's weights, on storage of their own and in the dtype they had.
+
+    Args:
+        parameters: The larger model's.
+        weights: The smaller model's, by name.
+        fresh: The larger model's as initialised; only those that have new entries are needed.
+        operator: Which noise is added.
+        seed: Of the noise.
+    """
+    noise = None
+    if operator.noise:
+        noise = Noise(operator.noise, generator=torch.Generator().manual_seed(seed))
+    dtype = next(iter(weights.values())).dtype
+    grown: dict[str, Tensor] = {}
+    for parameter in parameters:
+        name, found = parameter.name, [weights[source].detach() for source in parameter.sources]
+        if parameter.rule is None:
+            grown[name] = fresh[name].to(dtype, copy=True)
+        else:
+            weight = found[0] if len(found) == 1 else torch.stack(found).mean(dim=0)
+            grown[name] = grow_weight(weight, parameter.rule, fresh=fresh.get(name), noise=noise)
+        if parameter.is_zero:
+            grown[name].zero_()
+    return grown
 
 
 def fresh_weights(design: ModelConfig, seed: int) -> dict[str, Tensor]:
@@ -100,37 +124,20 @@ def fresh_weights(design: ModelConfig, seed: int) -> dict[str, Tensor]:
     return {name: weight.detach() for name, weight in named_weights(model).items()}
 
 
-def _needs_fresh(parameter: GrownParameter) -> bool:
-    return parameter.rule is None or parameter.rule.has_new_units
-
-
-def _grow_parameter(
-    parameter: GrownParameter,
-    weights: Mapping[str, Tensor],
-    *,
-    fresh: Mapping[str, Tensor],
-    noise: Noise | None,
-) -> Tensor:
-    if parameter.rule is None:
-        like = next(iter(weights.values()))
-        grown = fresh[parameter.name].to(like, copy=True)
-    else:
-        found = [weights[name] for name in parameter.sources]
-        weight = found[0] if len(found) == 1 else torch.stack(found).mean(dim=0)
-        grown = grow_weight(
-            weight.detach(), parameter.rule, fresh=fresh.get(parameter.name), noise=noise
-        )
-    return torch.zeros_like(grown) if parameter.is_zero else grown
-
-
-def _check_state(
-    state: GrowthState, parameters: list[GrownParameter], operator: OperatorConfig
-) -> None:
-    missing = [s for p in parameters for s in p.sources if s not in state.weights]
-    if missing:
-        raise CheckpointError(
-            f"weights: lack {missing[0]}, which the design has; they are of another model"
-        )
+def _check_state(state: GrowthState, operator: OperatorConfig) -> None:
+    wanted = expected_tensors(SamaraConfig.from_design(state.design))
+    for name in [*wanted, *state.weights]:
+        if name not in wanted or name not in state.weights:
+            problem = "lack" if name in wanted else "hold"
+            raise CheckpointError(
+                f"weights: {problem} {name}, unlike the design; they are of another model"
+            )
+        shape, there = wanted[name].shape, tuple(state.weights[name].shape)
+        if shape != there:
+            raise CheckpointError(
+                f"weights: {name} has shape {there}, the design asks for {shape}; they are of "
+                "another model"
+            )
     if not state.optimizer and operator.moments != "reset":
         raise CheckpointError(
             f"optimizer state: is missing, and moments: {operator.moments} needs it; grow from a "

@@ -11,7 +11,7 @@ moments are restated for that age: corrected for bias they are what they were.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -26,7 +26,29 @@ POWERS: dict[str, Literal[1, 2]] = {"exp_avg": 1, "exp_avg_sq": 2, "momentum_buf
 Betas = tuple[float, float]
 
 
-def grow_optimizer_entries(
+def grow_optimizer(
+    parameters: Iterable[GrownParameter],
+    optimizer: Mapping[str, Tensor],
+    *,
+    operator: OperatorConfig,
+    betas: Betas,
+) -> dict[str, Tensor]:
+    """Make the larger model's optimizer state, on storage of its own.
+
+    Args:
+        parameters: The larger model's.
+        optimizer: The smaller model's state, ``{parameter name}.{key}``.
+        operator: What moments do.
+        betas: AdamW's decay rates.
+    """
+    return {
+        f"{parameter.name}.{key}": value
+        for parameter in parameters
+        for key, value in _entries(parameter, optimizer, operator=operator, betas=betas).items()
+    }
+
+
+def _entries(
     parameter: GrownParameter,
     optimizer: Mapping[str, Tensor],
     *,
@@ -38,7 +60,7 @@ def grow_optimizer_entries(
     What is fresh: a layer without source, and one whose output starts at zero, as the gradients of
     its source are none of its own. Under ``moments: zero`` every new layer.
     """
-    starts_afresh = parameter.is_new and (parameter.has_zero_output or operator.moments == "zero")
+    starts_afresh = parameter.has_zero_output or (parameter.is_new and operator.moments == "zero")
     if parameter.rule is None or operator.moments == "reset" or starts_afresh:
         return {}
     found = [

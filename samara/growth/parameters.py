@@ -48,6 +48,11 @@ class GrownParameter:
     is_zero: bool = False
     has_zero_output: bool = False
 
+    @property
+    def needs_fresh(self) -> bool:
+        """Whether any entry starts as the larger model initialises it."""
+        return self.rule is None or self.rule.has_new_units
+
 
 @dataclass(frozen=True, kw_only=True)
 class _LayerAxes:

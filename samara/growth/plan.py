@@ -13,6 +13,7 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -135,7 +136,12 @@ def check_growth(source: ModelConfig, target: ModelConfig, operator: OperatorCon
     source = source.expand()
     target = target.expand(vocab_size=None if target.vocab_size else source.vocab_size)
     _check_whole_model(source, target, operator)
-    layer_map = layer_map_of(operator.depth, source, target)
+    layer_map = layer_map_of(
+        operator.depth,
+        num_sources=source.num_hidden_layers,
+        num_layers=target.num_hidden_layers,
+        fits=_fitting(source, target),
+    )
     if operator.new_layers == "zero":
         layer_map = layer_map.with_zero_outputs()
     _check_layers(source, target, layer_map)
@@ -156,13 +162,21 @@ def check_growth(source: ModelConfig, target: ModelConfig, operator: OperatorCon
     )
 
 
-def layer_map_of(depth: Depth, source: ModelConfig, target: ModelConfig) -> LayerMap:
-    """The layer map of a depth operator between two expanded designs.
+def layer_map_of(
+    depth: Depth, *, num_sources: int, num_layers: int, fits: Callable[[int, int], bool]
+) -> LayerMap:
+    """The layer map of a depth operator.
+
+    Args:
+        depth: The operator.
+        num_sources: Layers there are.
+        num_layers: Layers there will be.
+        fits: Whether a source layer (first argument) fits into a target layer (second).
 
     Raises:
         ConfigError: If the operator does not fit the numbers of layers or, for ``fit``, the widths.
     """
-    old, new = source.num_hidden_layers, target.num_hidden_layers
+    old, new = num_sources, num_layers
     if new == old and not isinstance(depth, Map | Fit):
         return maps.copies(old, range(old))
     match depth:
@@ -189,11 +203,15 @@ def layer_map_of(depth: Depth, source: ModelConfig, target: ModelConfig) -> Laye
         case Average():
             return maps.average(old, new)
         case Fit():
-            small = [layer_widths(source, layer) for layer in range(old)]
-            large = [layer_widths(target, layer) for layer in range(new)]
-            return maps.largest_fitting(old, new, lambda j, i: small[j].misfit(large[i]) is None)
+            return maps.largest_fitting(old, new, fits)
         case Map():
             return maps.parse(old, depth.layers)
+
+
+def _fitting(source: ModelConfig, target: ModelConfig) -> Callable[[int, int], bool]:
+    small = [layer_widths(source, layer) for layer in range(source.num_hidden_layers)]
+    large = [layer_widths(target, layer) for layer in range(target.num_hidden_layers)]
+    return lambda j, i: small[j].misfit(large[i]) is None
 
 
 def copied_design(source: ModelConfig, layer_map: LayerMap) -> ModelConfig:
@@ -235,7 +253,10 @@ def deeper_design(
         raise ConfigError("depth.kind: fit chooses layers by the widths of a target; give one")
     source = source.expand()
     layer_map = layer_map_of(
-        operator.depth, source, source.model_copy(update={"num_hidden_layers": num_hidden_layers})
+        operator.depth,
+        num_sources=source.num_hidden_layers,
+        num_layers=num_hidden_layers,
+        fits=lambda _source, _target: True,
     )
     _check_length(layer_map, num_hidden_layers)
     return copied_design(source, layer_map)
