@@ -99,12 +99,12 @@ def grow_weights(
     noise = None
     if operator.noise:
         noise = Noise(operator.noise, generator=torch.Generator().manual_seed(seed))
-    dtype = next(iter(weights.values())).dtype
+    like = next(iter(weights.values()))
     grown: dict[str, Tensor] = {}
     for parameter in parameters:
         name, found = parameter.name, [weights[source].detach() for source in parameter.sources]
         if parameter.rule is None:
-            grown[name] = fresh[name].to(dtype, copy=True)
+            grown[name] = fresh[name].to(like, copy=True)
         else:
             weight = found[0] if len(found) == 1 else torch.stack(found).mean(dim=0)
             grown[name] = grow_weight(weight, parameter.rule, fresh=fresh.get(name), noise=noise)
@@ -119,7 +119,7 @@ def fresh_weights(design: ModelConfig, seed: int) -> dict[str, Tensor]:
     Drawn on the CPU; torch's global generator is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU too
         model = SamaraForCausalLM(SamaraConfig.from_design(design))
     return {name: weight.detach() for name, weight in named_weights(model).items()}
 

@@ -95,7 +95,7 @@ def grown_parameters(
         operator: How widths grow.
     """
     target, width = plan.design, operator.width
-    hidden = _axis(source.hidden_size, target.hidden_size, width, silence="where_written")
+    hidden = width_axis(source.hidden_size, target.hidden_size, width, silence="where_written")
     assert source.vocab_size is not None
     assert target.vocab_size is not None
     vocabulary = extended(source.vocab_size, target.vocab_size)
@@ -143,7 +143,10 @@ def _in_layer(
     )
 
 
-def _axis(old_size: int, new_size: int, width: str, *, silence: Silence = "where_read") -> AxisMap:
+def width_axis(
+    old_size: int, new_size: int, width: str, *, silence: Silence = "where_read"
+) -> AxisMap:
+    """The axis of a width, by how widths grow; ``silence`` is that of zero-padded units."""
     if width == "duplicate":
         return tiled(old_size, new_size)
     return extended(old_size, new_size, silence="nowhere" if width == "random" else silence)
@@ -162,7 +165,7 @@ def _norm_scale(source: ModelConfig, target: ModelConfig, operator: OperatorConf
 def _layer_axes(
     small: LayerWidths, large: LayerWidths, *, hidden: AxisMap, head_dim: int, width: str
 ) -> _LayerAxes:
-    kv_heads = _axis(small.kv_heads, large.kv_heads, width)
+    kv_heads = width_axis(small.kv_heads, large.kv_heads, width)
     queries = query_heads(
         kv_heads,
         old_group=small.group_size,
@@ -174,8 +177,10 @@ def _layer_axes(
         hidden=hidden,
         query=queries.in_heads(head_dim),
         key_value=kv_heads.in_heads(head_dim),
-        ffn=_axis(small.ffn, large.ffn, width),
-        ranks={name: _axis(small.ranks[name], large.ranks[name], width) for name in PROJECTIONS},
+        ffn=width_axis(small.ffn, large.ffn, width),
+        ranks={
+            name: width_axis(small.ranks[name], large.ranks[name], width) for name in PROJECTIONS
+        },
     )
 
 

@@ -258,7 +258,7 @@ def deeper_design(
         num_layers=num_hidden_layers,
         fits=lambda _source, _target: True,
     )
-    _check_length(layer_map, num_hidden_layers)
+    check_length(layer_map, num_hidden_layers)
     return copied_design(source, layer_map)
 
 
@@ -290,7 +290,7 @@ def _check_whole_model(source: ModelConfig, target: ModelConfig, operator: Opera
 
 
 def _check_layers(source: ModelConfig, target: ModelConfig, layer_map: LayerMap) -> None:
-    _check_length(layer_map, target.num_hidden_layers)
+    check_length(layer_map, target.num_hidden_layers)
     for position, layer in enumerate(layer_map.layers):
         room = layer_widths(target, position)
         widths = [layer_widths(source, index) for index in layer.sources]
@@ -307,7 +307,12 @@ def _check_layers(source: ModelConfig, target: ModelConfig, layer_map: LayerMap)
             )
 
 
-def _check_length(layer_map: LayerMap, num_layers: int) -> None:
+def check_length(layer_map: LayerMap, num_layers: int) -> None:
+    """Refuse a map that does not give the target's layers.
+
+    Raises:
+        ConfigError: With both numbers.
+    """
     if len(layer_map) != num_layers:
         raise ConfigError(
             f"target.num_hidden_layers: is {num_layers}, but the depth map gives {len(layer_map)} "
