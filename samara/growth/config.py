@@ -46,7 +46,8 @@ class HalvingRace(Config):
 
     kind: Literal["halving"] = "halving"
     cap: PositiveFloat
-    """The most that all candidates together may spend, as a share of the stage's training FLOPs."""
+    """The most that all candidates together may spend, measuring included, as a share of the
+    stage's training FLOPs."""
     first_rung: PositiveInt | None = None
     """k0. Left out: the warm-up, 1 / (1 - beta2), or 50, whichever is longest."""
 
@@ -56,8 +57,9 @@ class PairedRace(Config):
 
     kind: Literal["paired"] = "paired"
     cap: PositiveFloat
-    """The most that all candidates together may spend, as a share of the stage's training FLOPs.
-    0.1 costs little, but does no better than a fixed k of the same cost; 0.25 to 0.5 leave room."""
+    """The most that all candidates together may spend, measuring included, as a share of the
+    stage's training FLOPs. 0.1 costs little, but does no better than a fixed k of the same cost;
+    0.25 to 0.5 leave room."""
     gamma: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.8
     """How fast gaps are expected to stop closing, per doubling of the steps. Lower: candidates are
     ruled out earlier. 0: no guard."""

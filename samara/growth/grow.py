@@ -33,6 +33,7 @@ from samara.growth.stages import GrowthStage, plan_stages
 from samara.growth.trial import EXACTNESS, Trial, TrialJob, loss_of_source, no_validation, run_trial
 from samara.measure.budget import budget
 from samara.measure.devices import device_profile, estimated_cost
+from samara.model.config import ModelConfig
 from samara.progress import say
 from samara.runs import Compute, RunFolder, read_json, write_bytes, write_json
 from samara.train.memory import check_memory
@@ -134,19 +135,22 @@ class Growth:
 
     def _summary(self) -> dict[str, Any]:
         """What the run's summary says of the growth."""
+        batch_size = self.config.training.batch_size
         return {
             "source": str(self.source.folder),
-            "first_row": self.source.first_row,
+            "first_row": self.source.first_batch(batch_size) * batch_size,
             "operators": [race["winner"] for race in self.races],
             "race_flops": sum(race["spent_flops"] for race in self.races),
             "beside_flops": self.losers.flops,
         }
 
 
-def _following(stage: GrowthStage, design: Any) -> GrowthStage:
+def _following(stage: GrowthStage, design: ModelConfig) -> GrowthStage:
     """The stage on the design that the one before left, whose eps zero-padding may have scaled."""
+    if stage.number == 1:
+        return stage
     target = stage.target.model_copy(update={"rms_norm_eps": design.rms_norm_eps})
-    return replace(stage, source=design, target=target if stage.number > 1 else stage.target)
+    return replace(stage, source=design, target=target)
 
 
 def _adopt(trial: Path, folder: Path) -> None:
@@ -187,6 +191,9 @@ class Contest:
         config, stage = self.growth.config, self.stage
         for label, reason in stage.left_out.items():
             say(f"stage {stage.number}: {label} does not fit and is left out: {reason}")
+        for label, operator in stage.candidates.items():
+            for warning in check_growth(stage.source, stage.target, operator).warnings:
+                say(f"stage {stage.number}: {label}: {warning}")
         self.loss_before = self._loss_before()
         length = config.data.sequence_length
         per_token = budget(stage.target).flops_per_token(length).training

@@ -296,6 +296,49 @@ def test_a_candidate_whose_loss_is_no_number_is_left_out(settings, tmp_path, cap
         run_grow(tmp_path / "b", settings(BROKEN, model=wide))
 
 
+def test_stages_follow_what_zero_padding_does_to_the_norm(settings, tmp_path):
+    stages = {"models": [{**MODEL, "hidden_size": 48, "num_query_heads": 2}]}
+    operator = {"depth": {"kind": "stack"}, "width": "zero_pad"}
+    larger = {**MODEL, "hidden_size": 64, "num_query_heads": 2}
+    run = run_grow(tmp_path, settings(operator, stages=stages, model=larger))
+    first, second = history(run)
+    for race in (first, second):
+        (candidate,) = race["candidates"]
+        assert candidate["exactness"] == "tolerance"
+        assert candidate["losses"]["0"] == pytest.approx(race["loss_before"], abs=1e-5)
+    design = read_json(run.path / "summary.json")["design"]
+    assert design["rms_norm_eps"] == pytest.approx(1e-6 * 32 / 64)
+
+
+def test_a_chain_grows_again_and_reports(samara, small_corpus, tmp_path):
+    settings = training_settings(small_corpus)
+
+    def growth(source: str, layers: int) -> Settings:
+        model = {**MODEL, "num_hidden_layers": layers}
+        pool = {"candidates": [STACK, ZERO], "race": FIXED}
+        return {"grow": {**settings, "source": source, "model": model, **pool}}
+
+    stages = {
+        "small": {"pretrain": {**settings, "model": MODEL}},
+        "grown": growth("stage:small", 3),
+        "again": growth("stage:grown", 4),
+        "scratch": {"pretrain": {**settings, "model": {**MODEL, "num_hidden_layers": 4}}},
+        "page": {"report": {"pretraining": {n: f"stage:{n}" for n in ("scratch", "again")}}},
+    }
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_yaml({"schema": 1, "name": "chain", "stages": stages}))
+    done = samara("run", str(recipe), "--out", "out")
+    assert done.returncode == 0, done.stderr
+    assert "the data goes on behind the 128 rows that the source has read" in done.stderr
+    again = tmp_path / "out" / "again"
+    assert read_json(again / "summary.json")["growth"]["first_row"] == 128
+    totals = [RunFolder(tmp_path / "out" / name).lineage().total for name in ("grown", "again")]
+    assert RunFolder(again).lineage().inherited == totals[0]
+    assert totals[1].flops > totals[0].flops
+    assert 'id="growth"' in (tmp_path / "out" / "report.html").read_text()
+    assert samara("run", str(recipe), "--out", "out").stderr.count("finished, unchanged") == 5
+
+
 def test_a_model_folder_grows_without_moments(settings, source, tmp_path):
     reset = {**ZERO, "moments": "reset"}
     run = run_grow(tmp_path / "a", settings(reset, source=str(source / "model")))
