@@ -111,7 +111,8 @@ class GrowConfig(Config):
     candidates: tuple[OperatorConfig, ...] = Field(min_length=1)
     """The growth operators to choose from; one: no race."""
     race: Race | None = None
-    """How one is chosen; needed where there is a choice."""
+    """How one is chosen; needed where there is a choice. Losses are compared on the validation rows
+    of training.evaluate_max_tokens, on 64 at least."""
     metric: Literal["auto", "loss", "extrapolation", "loss_drop", "gradient_norm", "sharpness"] = (
         "loss"
     )

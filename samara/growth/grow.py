@@ -20,7 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from samara.data.prepare import PreparedCorpus, open_corpus
+from samara.data.prepare import open_corpus
+from samara.errors import CheckpointError
 from samara.growth.config import GrowConfig
 from samara.growth.executor import Execute, on_ray, require_ray, sequential
 from samara.growth.history import race_data, rung_lines, verdict_line
@@ -62,7 +63,7 @@ def grow_verb(config: GrowConfig, run: RunFolder) -> None:
     stages = plan_stages(config, source.design)
     _check_memory(config, stages[-1], place)
     say(f"source {source.folder}: {source.data_note}")
-    Growth(config, run, source=source, stages=stages, place=place, corpus=corpus).carry_out()
+    Growth(config, run, source=source, stages=stages, place=place).carry_out()
 
 
 def _check_memory(config: GrowConfig, stage: GrowthStage, place: Place) -> None:
@@ -83,10 +84,9 @@ class Growth:
         source: Source,
         stages: Sequence[GrowthStage],
         place: Place,
-        corpus: PreparedCorpus,
     ) -> None:
         self.config, self.run, self.source = config, run, source
-        self.stages, self.place, self.corpus = stages, place, corpus
+        self.stages, self.place = stages, place
         self.execute: Execute = sequential
         if config.executor == "ray":
             self.execute = functools.partial(on_ray, device=place.device)
@@ -215,21 +215,32 @@ class Contest:
         return record
 
     def _loss_before(self) -> float:
-        """The source's validation loss, measured once."""
-        path = self.folder / "candidates" / "source.json"
+        """The source's validation loss, measured once.
+
+        Raises:
+            CheckpointError: If the source is no more what it was when the race began.
+        """
+        path, known = self.folder / "candidates" / "source.json", self.growth.source.hash
         if not path.exists():
             trial = next(iter(self.trials.values()))
-            write_json(path, {"loss": loss_of_source(trial, place=self.growth.place)})
-        return float(read_json(path)["loss"])
+            loss = loss_of_source(trial, place=self.growth.place)
+            write_json(path, {"loss": loss, "hash": known})
+        recorded = read_json(path)
+        if recorded["hash"] != known:
+            raise CheckpointError(
+                f"{self.folder}: its race began from another state of source "
+                f"{self.growth.source.folder}; give another folder with --out"
+            )
+        return float(recorded["loss"])
 
     def _measure(self, names: Sequence[str], step: int) -> dict[str, Outcome]:
         """Take candidates to a rung; who failed once has failed."""
         outcomes: dict[str, Outcome] = {}
         going = {}
         for name in names:
-            failed = self.trials[name].folder / "failed.json"
-            if failed.exists():
-                outcomes[name] = Failure(reason=str(read_json(failed)["reason"]))
+            failed = self._failure(name)
+            if failed is not None and failed["step"] <= step:
+                outcomes[name] = Failure(reason=str(failed["reason"]))
             else:
                 going[name] = functools.partial(
                     run_trial, self.trials[name], step=step, with_indicators=self._with_indicators
@@ -237,13 +248,18 @@ class Contest:
         for name, outcome in self.growth.execute(going).items():
             outcomes[name] = outcome
             if isinstance(outcome, Failure):
-                write_json(
-                    self.trials[name].folder / "failed.json",
-                    {"step": step, "reason": outcome.reason},
-                )
+                write_json(self._failure_path(name), {"step": step, "reason": outcome.reason})
         for name in names:
             self._say_outcome(name, step, outcomes[name])
         return outcomes
+
+    def _failure_path(self, name: str) -> Path:
+        return self.trials[name].folder / "failed.json"
+
+    def _failure(self, name: str) -> dict[str, Any] | None:
+        """At which rung and why a candidate failed before an interruption."""
+        path = self._failure_path(name)
+        return dict(read_json(path)) if path.exists() else None
 
     @property
     def _with_indicators(self) -> bool:

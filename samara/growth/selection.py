@@ -286,7 +286,7 @@ class RaceRecord:
             one.name: score(self.metric, curves[one.name], step=step, horizon=self.horizon)
             for one in self.live
         }
-        if any(value is None for value in scores.values()):
+        if any(value is None for value in scores.values()):  # too early for this metric
             self.metric = "loss"
             scores = {one.name: one.measured[step].losses.mean for one in self.live}
         choice = choose(
@@ -344,7 +344,7 @@ def run_race(
     Raises:
         RaceError: If every candidate fails.
     """
-    cap = getattr(rule, "cap", None)
+    cap = None if rule is None or isinstance(rule, FixedRace) else rule.cap
     record = RaceRecord(
         horizon=horizon,
         cap_flops=None if cap is None else cap * horizon * step_flops,

@@ -13,7 +13,7 @@ import pytest
 from samara.config import dump_yaml, validate
 from samara.data.config import PrepareConfig
 from samara.data.prepare import PreparedCorpus, prepare
-from samara.errors import RaceError, Stopped
+from samara.errors import CheckpointError, RaceError, Stopped
 from samara.growth.config import GrowConfig
 from samara.growth.grow import grow_verb
 from samara.model.loading import load_model
@@ -337,6 +337,29 @@ def test_a_chain_grows_again_and_reports(samara, small_corpus, tmp_path):
     assert totals[1].flops > totals[0].flops
     assert 'id="growth"' in (tmp_path / "out" / "report.html").read_text()
     assert samara("run", str(recipe), "--out", "out").stderr.count("finished, unchanged") == 5
+
+
+def test_who_failed_before_an_interruption_has_failed(settings, tmp_path):
+    pool = settings(STACK, ZERO, race=FIXED)
+    failed = tmp_path / "candidates" / "stack" / "failed.json"
+    failed.parent.mkdir(parents=True)
+    failed.write_text(json.dumps({"step": 4, "reason": "step 3: the loss is nan"}))
+    (race,) = history(run_grow(tmp_path, pool))
+    stack = next(c for c in race["candidates"] if c["label"] == "stack")
+    assert stack["failure"] == "step 3: the loss is nan"
+    assert set(stack["losses"]) == {"0", "2"}
+    assert race["winner"] == "interpose.zero"
+    assert race["spent_flops"] == 2 * next(
+        c["flops"] for c in race["candidates"] if c["label"] == "interpose.zero"
+    )
+
+
+def test_another_source_under_the_same_name_is_refused(settings, source, tmp_path):
+    run_grow(tmp_path / "a", settings(ZERO))
+    path = tmp_path / "a" / "candidates" / "source.json"
+    path.write_text(json.dumps({"loss": 1.0, "hash": "other"}))
+    with pytest.raises(CheckpointError, match="began from another state of source"):
+        run_grow(tmp_path / "a", settings(ZERO))
 
 
 def test_a_model_folder_grows_without_moments(settings, source, tmp_path):
