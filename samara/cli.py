@@ -93,6 +93,17 @@ def pretrain(
 
 
 @app.command()
+def grow(
+    recipe: RecipeArgument, overrides: Overrides = None, out: Out = None, dry_run: DryRun = False
+) -> None:
+    """Grow a trained model: race growth operators from its checkpoint, train the winner on.
+
+    Example: samara grow recipes/grow.yaml source=runs/own-text --out runs/grow
+    """
+    _work(recipe, overrides, out, verb="grow", dry_run=dry_run)
+
+
+@app.command()
 def instruct(
     recipe: RecipeArgument, overrides: Overrides = None, out: Out = None, dry_run: DryRun = False
 ) -> None:

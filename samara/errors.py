@@ -35,6 +35,10 @@ class NonFiniteLossError(SamaraError):
     """Training met a loss or gradient that is not a finite number, and stopped before using it."""
 
 
+class RaceError(SamaraError):
+    """No candidate of a growth is left to go on with."""
+
+
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the nearest of ``options``, else the list of them.
 

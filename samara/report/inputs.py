@@ -107,6 +107,44 @@ class Evaluation(Record):
     comparisons: tuple[Comparison, ...] = ()
 
 
+class RaceCandidate(Record):
+    """One candidate of a race between growth operators."""
+
+    label: str
+    layer_map: str
+    exactness: Literal["exact", "tolerance", "changes"]
+    proposed_from: str | None
+    left_at: int | None
+    failure: str | None
+    losses: dict[int, float]
+    """Validation loss by steps since growth."""
+    flops: float
+
+
+class RaceStage(Record):
+    """One race of ``race.json``."""
+
+    stage: PositiveInt
+    steps: PositiveInt
+    loss_before: float
+    candidates: tuple[RaceCandidate, ...]
+    settled_at: int | None
+    k: NonNegativeInt
+    k_tokens: NonNegativeInt
+    k_share: float
+    metric: str
+    winner: str | None
+    undecided: tuple[str, ...]
+    spent_flops: float
+    net_flops: float
+
+
+class Races(Record):
+    """``race.json`` of a growth."""
+
+    stages: tuple[RaceStage, ...]
+
+
 class SplitCounts(Record):
     """One split of a corpus."""
 
@@ -167,6 +205,10 @@ class Arm:
     score: Score | None
     comparison: Comparison | None
     """Against the report's baseline, where the evaluation has it."""
+    races: tuple[RaceStage, ...] = ()
+    """Of a growth: how its operators were chosen."""
+    total_flops: float = 0.0
+    """Spent on the run, its trials and its ancestors; 0 until it has finished."""
 
     @functools.cached_property
     def budget(self) -> Budget | None:
@@ -307,7 +349,13 @@ def _read_arm(
             (c for c in compared if c.model == name and c.baseline == baseline),
             None,
         ),
+        races=_read_races(run.path / "race.json"),
+        total_flops=run.lineage().total.flops,
     )
+
+
+def _read_races(path: Path) -> tuple[RaceStage, ...]:
+    return read_record(Races, path).stages if path.exists() else ()
 
 
 def _state(run: RunFolder, *, finished: bool) -> dict[str, Any]:

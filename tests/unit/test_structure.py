@@ -23,6 +23,7 @@ LAYERS: list[set[str]] = [
     {"model", "data"},
     {"measure"},
     {"train"},
+    {"growth"},
     {"report"},
     {"recipe"},
     {"lifecycle", "designs"},
