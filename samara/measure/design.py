@@ -332,6 +332,7 @@ ROWS: tuple[_Row, ...] = tuple(
         ("  gradients", lambda d: d["memory"]["gradients"], _bytes),
         ("  optimizer", lambda d: d["memory"]["optimizer"], _bytes),
         ("  activations", lambda d: d["memory"]["activations"], _bytes),
+        ("  kernels", lambda d: d["memory"]["kernels"], _bytes),
         ("token budget", lambda d: d["training"]["tokens"], lambda v: prefixed(v, "")),
         ("FLOPs of the run", lambda d: d["training"]["flops"], _flops),
         ("estimated tokens/s", lambda d: d["estimate"]["tokens_per_second"], _whole),
