@@ -299,7 +299,8 @@ class _Step:
         # Logits, log-probabilities, and those of the chunk before, which Python still holds.
         chunk = (3 if rows < shape.tokens else 2) * FLOAT32 * elements
         if shape.mixed:
-            chunk += shape.element * elements  # logits before they are cast up
+            # Logits before they are cast up, and the gradient of those of the chunk before.
+            chunk += (2 if rows < shape.tokens else 1) * shape.element * elements
             if not shape.on_cuda:
                 # Adding a chunk's bfloat16 gradient of the matrix casts it up on the way.
                 added = (FLOAT32 + shape.element) * (
