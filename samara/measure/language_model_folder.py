@@ -145,6 +145,7 @@ def _device(name: Device) -> torch.device:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
+    _check_folder(folder)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: holds no config.json, so it is no saved model")
     fields = read_json(folder / "config.json")
@@ -178,9 +179,13 @@ def _load_weights(folder: Path, *, dtype: torch.dtype) -> Any:
     return model
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give a folder with a saved model")
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    _check_folder(folder)
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise CheckpointError(
             f"{folder}: holds no tokenizer; copy the tokenizer files of the model into it"
