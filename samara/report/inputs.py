@@ -95,6 +95,12 @@ class Comparison(Record):
     verdict: Literal["better", "worse", "unresolved"]
 
 
+class EvaluatedObjective(Record):
+    """What an evaluation's models were asked for; older results do not say: the next token."""
+
+    objective: dict[str, Any] = {}
+
+
 class Evaluation(Record):
     """``results.json`` of an evaluation."""
 
@@ -308,6 +314,9 @@ def _read_evaluation(name: str | None) -> tuple[Evaluation | None, str]:
     if not path.exists():
         state = _state(RunFolder(folder), finished=False)
         return None, f"The evaluation has no results yet ({_said(state)})."
+    objective = read_record(EvaluatedObjective, path).objective.get("kind", "causal_lm")
+    if objective != "causal_lm":
+        return None, f"The evaluation is one of {objective}; its scores stand in {path.name}."
     return read_record(Evaluation, path), ""
 
 

@@ -29,7 +29,7 @@ from samara.data.training_data import CorpusData, TrainingData
 from samara.errors import ConfigError, ResourceError
 from samara.measure.budget import Budget, budget
 from samara.measure.config import DeviceProfile
-from samara.measure.devices import device_profile, estimated_cost
+from samara.measure.devices import device_profile, estimated_cost, peak_flops
 from samara.measure.loss import evaluate_loss
 from samara.measure.memory import training_memory
 from samara.model.disk_errors import disk_errors
@@ -181,6 +181,7 @@ class Job:
         self.profile: DeviceProfile = device_profile(
             config.logging.device_profile, device=place.device.type
         )
+        self.peak_flops = peak_flops(self.profile, config.training.precision, trained=run.path.name)
         self.memory = PeakMemory(place.device)
         self.model = self._build_model()
         self.optimizer = Optimizer(self.model, config.optimizer)
@@ -277,7 +278,7 @@ class Job:
         return Costs(
             flops_per_token=self.budget.flops_per_token(length).training,
             useful_flops_per_token=useful.training,
-            peak_flops=self.profile.peak_flops[self.config.training.precision],
+            peak_flops=self.peak_flops,
         )
 
     def _hooks(self, line: ProgressLine, sinks: list[Sink]) -> Hooks:
