@@ -92,13 +92,13 @@ def _findings(stage: RaceStage) -> str:
     if stage.undecided:
         others = [label for label in stage.undecided if label != stage.winner]
         said += f"; the race could not tell it from {humanize.listed(others)}"
-    settled = (
-        f" The ranking settled at {humanize.plural(stage.settled_at, 'step')}."
-        if stage.settled_at is not None
-        else " The ranking had not settled before the last rung."
-        if stage.k
-        else ""
-    )
+    settled = ""
+    if stage.settled_at:
+        settled = f" The ranking settled at {humanize.plural(stage.settled_at, 'step')}."
+    elif stage.settled_at == 0:
+        settled = " The ranking was settled right after growth."
+    elif stage.k:
+        settled = " The ranking had not settled before the last rung."
     return (
         f"{said}. All candidates together took {humanize.flops(stage.spent_flops)}, "
         f"{humanize.flops(stage.net_flops)} of it beside the winner's own training.{settled}"

@@ -123,6 +123,10 @@ def test_a_ranking_that_did_not_settle_is_said(grown):
     assert 'class="mark"' not in text
 
 
+def test_a_ranking_that_never_changed_is_said(grown):
+    assert "The ranking was settled right after growth." in words(grown(stage(settled_at=0)))
+
+
 def test_a_race_that_is_not_over_says_so(grown):
     assert "The race is not over." in words(grown(stage(winner=None, undecided=[])))
 
