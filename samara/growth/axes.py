@@ -41,11 +41,6 @@ class AxisMap:
     silence: Silence = "nowhere"
 
     @property
-    def is_identity(self) -> bool:
-        """Whether nothing changes on this axis."""
-        return torch.equal(self.index, torch.arange(self.old_size))
-
-    @property
     def is_new(self) -> Tensor:
         """Which units have no source, (new size,)."""
         return self.index < 0
@@ -133,15 +128,10 @@ class TensorRule:
     scale: float = 1.0
 
     @property
-    def is_identity(self) -> bool:
-        """Whether the parameter stays as it is."""
-        inputs_stay = self.inputs is None or self.inputs.is_identity
-        return self.scale == 1.0 and self.outputs.is_identity and inputs_stay
-
-    @property
     def has_new_units(self) -> bool:
         """Whether any entry has no source."""
-        return bool(self.new_entries.any())
+        axes = (self.outputs,) if self.inputs is None else (self.outputs, self.inputs)
+        return any(bool(axis.is_new.any()) for axis in axes)
 
     @property
     def new_entries(self) -> Tensor:
@@ -254,4 +244,6 @@ def grow_moment(moment: Tensor, rule: TensorRule, *, power: Literal[1, 2]) -> Te
     """
     divisor = (rule.output_multiplicity * rule.scale) ** power
     grown = rule.gather(moment) / divisor.to(moment)
-    return grown.masked_fill_(rule.new_entries.to(grown.device), 0.0)
+    if rule.has_new_units:
+        grown.masked_fill_(rule.new_entries.to(grown.device), 0.0)
+    return grown

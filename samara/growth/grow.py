@@ -28,10 +28,18 @@ from samara.growth.history import race_data, rung_lines, verdict_line
 from samara.growth.operator_config import OperatorConfig
 from samara.growth.plan import check_growth
 from samara.growth.proposals import propose
-from samara.growth.selection import Failure, Outcome, RaceRecord, run_race
+from samara.growth.selection import Failure, Measurement, Outcome, RaceRecord, run_race
 from samara.growth.source import Source, open_source
 from samara.growth.stages import GrowthStage, plan_stages
-from samara.growth.trial import EXACTNESS, Trial, TrialJob, loss_of_source, no_validation, run_trial
+from samara.growth.trial import (
+    EXACTNESS,
+    LEAST_UNITS,
+    Trial,
+    TrialJob,
+    loss_of_source,
+    no_validation,
+    run_trial,
+)
 from samara.measure.budget import budget
 from samara.measure.devices import device_profile, estimated_cost
 from samara.model.config import ModelConfig
@@ -251,6 +259,7 @@ class Contest:
                 write_json(self._failure_path(name), {"step": step, "reason": outcome.reason})
         for name in names:
             self._say_outcome(name, step, outcomes[name])
+        self._say_few_rows(outcomes, step)
         return outcomes
 
     def _failure_path(self, name: str) -> Path:
@@ -272,6 +281,14 @@ class Contest:
             say(
                 f"stage {self.stage.number}: {name}: loss {self.loss_before:.4f} before, "
                 f"{outcome.losses.mean:.4f} after growth ({EXACTNESS[outcome.exactness]})"
+            )
+
+    def _say_few_rows(self, outcomes: Mapping[str, Outcome], step: int) -> None:
+        rows = [len(o.losses.num_targets) for o in outcomes.values() if isinstance(o, Measurement)]
+        if step == 0 and len(rows) > 1 and rows[0] < LEAST_UNITS:
+            say(
+                f"stage {self.stage.number}: candidates are compared on {rows[0]} validation rows, "
+                f"all there are; {LEAST_UNITS} or more would tell them apart better"
             )
 
     def _propose(self, record: RaceRecord, count: int) -> list[str]:

@@ -155,33 +155,26 @@ def agreement(curves: Mapping[str, Curve], first: int, second: int) -> Agreement
 
 
 def settled_at(curves: Mapping[str, Curve]) -> int | None:
-    """The rung from which on the ranking is what it is at the end: the phase transition.
+    """The rung from which on the ranking stays what it is: the phase transition.
 
-    The earliest rung whose ranking, like those of all later ones, agrees with the last that it can
-    be compared with: same leader and tau-b of at least :data:`SETTLED_TAU`. None where only the
-    last rung does: then it may not have settled at all.
+    The earliest rung from which on any two rungs agree on those that were measured at both: same
+    leader, and tau-b of at least :data:`SETTLED_TAU`. None where only the last rung is left: then
+    it may not have settled at all.
     """
     rungs = sorted({step for curve in curves.values() for step in curve.loss})
     settled = None
-    for rung in reversed(rungs[:-1]):
-        found = agreement(curves, rung, _last_shared(curves, rung, rungs))
-        if found.num_candidates < 2 or not found.same_leader:
-            break
-        if found.tau_b is not None and found.tau_b < SETTLED_TAU:
+    for place, rung in reversed(list(enumerate(rungs[:-1]))):
+        found = [agreement(curves, rung, later) for later in rungs[place + 1 :]]
+        if not all(_agree(one) for one in found):
             break
         settled = rung
     return settled
 
 
-def _last_shared(curves: Mapping[str, Curve], rung: int, rungs: Sequence[int]) -> int:
-    """The last rung that two of those measured at ``rung`` reached."""
-    reached = [
-        later
-        for later in rungs
-        if later > rung
-        and sum(rung in curve.loss and later in curve.loss for curve in curves.values()) >= 2
-    ]
-    return reached[-1] if reached else rungs[-1]
+def _agree(found: Agreement) -> bool:
+    if found.num_candidates < 2:
+        return True
+    return found.same_leader and (found.tau_b is None or found.tau_b >= SETTLED_TAU)
 
 
 @dataclass(frozen=True, kw_only=True)

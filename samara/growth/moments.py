@@ -82,7 +82,7 @@ def _entries(
     if "step" in first:
         entries["step"] = first["step"].clone()
     young = rule.repeated_entries if operator.moments == "zero" else rule.new_entries
-    if bool(young.any()):
+    if young.any():
         for key in entries.keys() & POWERS.keys():
             entries[key].masked_fill_(young.to(entries[key].device), 0.0)
         if "step" in entries:

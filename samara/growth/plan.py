@@ -177,7 +177,7 @@ def layer_map_of(
         ConfigError: If the operator does not fit the numbers of layers or, for ``fit``, the widths.
     """
     old, new = num_sources, num_layers
-    if new == old and not isinstance(depth, Map | Fit):
+    if new == old and not _is_explicit(depth):
         return maps.copies(old, range(old))
     match depth:
         case Stack():
@@ -206,6 +206,19 @@ def layer_map_of(
             return maps.largest_fitting(old, new, fits)
         case Map():
             return maps.parse(old, depth.layers)
+
+
+def _is_explicit(depth: Depth) -> bool:
+    """Whether the settings say what the map is, also where the target is no deeper."""
+    match depth:
+        case Block() | First() | Last() | Middle():
+            return depth.length is not None
+        case Solar():
+            return depth.overlap is not None
+        case Map() | Fit():
+            return True
+        case _:
+            return False
 
 
 def _fitting(source: ModelConfig, target: ModelConfig) -> Callable[[int, int], bool]:

@@ -339,6 +339,15 @@ def test_a_chain_grows_again_and_reports(samara, small_corpus, tmp_path):
     assert samara("run", str(recipe), "--out", "out").stderr.count("finished, unchanged") == 5
 
 
+def test_few_rows_to_compare_on_are_said(settings, small_corpus, tmp_path, capsys):
+    # Longer rows are fewer.
+    data = {"corpus": str(small_corpus.folder), "sequence_length": 64}
+    run_grow(tmp_path, settings(STACK, ZERO, race={"kind": "fixed", "k": 0}, data=data))
+    told = capsys.readouterr().err
+    assert "candidates are compared on 34 validation rows, all there are; 64 or more" in told
+    assert "data starts at its beginning: sequence_length differs from the source's" in told
+
+
 def test_who_failed_before_an_interruption_has_failed(settings, tmp_path):
     pool = settings(STACK, ZERO, race=FIXED)
     failed = tmp_path / "candidates" / "stack" / "failed.json"

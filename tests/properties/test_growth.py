@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import Tensor
 from samara.growth.axes import AxisMap, query_heads, tiled
 from samara.growth.grow_state import Grown, grow
 from samara.growth.operator_config import OperatorConfig
-from samara.growth.plan import copied_design, deeper_design, layer_widths
+from samara.growth.parameters import grown_parameters
+from samara.growth.plan import check_growth, copied_design, deeper_design, layer_widths
 from samara.growth.state import GrowthState
 from samara.measure.budget import budget
 from samara.model.config import PROJECTIONS, ModelConfig
@@ -366,6 +367,63 @@ def test_the_optimizer_takes_the_state_and_trains_every_parameter(
     for n, p in larger.named_parameters():
         assert torch.isfinite(p).all()
         assert not p.grad.any() or not torch.equal(before[n], p), n
+
+
+@checked
+@given(cases(), st.sampled_from(["map", "copy", "zero"]), st.sampled_from([1e-9, 1.0, 1e9]))
+def test_no_new_entry_moves_by_more_than_lr_at_first(case: Case, moments: str, size: float) -> None:
+    model = random_model(case.source)
+    state = state_of(model, gather_moments(model, OPTIMIZERS["adamw"]))
+    assert state.optimizer is not None
+    old = {
+        k: torch.full_like(v, 20_000) if k.endswith(".step") else v
+        for k, v in state.optimizer.items()
+    }
+    state = replace(state, optimizer=old)
+    operator = case.operator.model_copy(update={"moments": moments})
+    grown = grow(state, target=case.target, operator=operator, seed=0)
+    larger = model_of(grown.state)
+    optimizer = Optimizer(larger, AdamW(lr=1e-3, betas=BETAS, weight_decay=0.0))
+    assert grown.state.optimizer is not None
+    optimizer.load_state_dict(grown.state.optimizer)
+    torch.manual_seed(2)
+    for parameter in larger.parameters():
+        parameter.grad = size * torch.randn_like(parameter)
+    optimizer.set_lr(1e-3)
+    optimizer.step()
+    plan = check_growth(case.source, case.target, operator)
+    after = named_weights(larger)
+    for grown_parameter in grown_parameters(case.source, plan, operator):
+        rule, name = grown_parameter.rule, grown_parameter.name
+        moved = (after[name].detach() - grown.state.weights[name]).abs()
+        new = torch.ones_like(moved, dtype=torch.bool) if rule is None else rule.new_entries
+        assert (moved[new.expand_as(moved)] <= 1e-3 * (1 + 1e-5)).all(), name
+
+
+@checked
+@given(cases(width="zero_pad"))
+def test_every_new_unit_can_learn(case: Case) -> None:
+    """Of each silent unit, what reads or writes it has a gradient at once."""
+    grown = grown_without_moments(case)
+    larger = model_of(grown.state)
+    for ids in batches(3):
+        larger(ids, labels=ids).loss.backward()
+    plan = check_growth(case.source, case.target, case.operator)
+    for position, layer in enumerate(plan.layer_map.layers):
+        if not layer.sources or layer.zero_output:
+            continue
+        old, new = layer_widths(case.source, layer.sources[0]), layer_widths(plan.design, position)
+        block = larger.model.layers[position]
+        for unit in range(old.ffn, new.ffn):
+            down = block.mlp.down_proj
+            reads = down.cola_a.grad[unit] if new.ranks["down_proj"] else down.weight.grad[:, unit]
+            assert reads.any(), (position, unit)
+        for projection, rank in new.ranks.items():
+            part = block.self_attn if projection[0] in "qkvo" else block.mlp
+            for unit in range(old.ranks[projection], rank):
+                reads = getattr(part, projection).cola_b.grad[unit]
+                # Scores of a lone first position have no gradient; three batches have more.
+                assert reads.any(), (position, projection, unit)
 
 
 @checked

@@ -92,13 +92,13 @@ def _findings(stage: RaceStage) -> str:
     if stage.undecided:
         others = [label for label in stage.undecided if label != stage.winner]
         said += f"; the race could not tell it from {humanize.listed(others)}"
-    settled = (
-        f" The ranking settled at {humanize.plural(stage.settled_at, 'step')}."
-        if stage.settled_at is not None
-        else " The ranking had not settled before the last rung."
-        if stage.k
-        else ""
-    )
+    settled = ""
+    if stage.settled_at:
+        settled = f" The ranking settled at {humanize.plural(stage.settled_at, 'step')}."
+    elif stage.settled_at == 0:
+        settled = " The ranking was settled right after growth."
+    elif stage.k:
+        settled = " The ranking had not settled before the last rung."
     return (
         f"{said}. All candidates together took {humanize.flops(stage.spent_flops)}, "
         f"{humanize.flops(stage.net_flops)} of it beside the winner's own training.{settled}"
@@ -188,8 +188,12 @@ def _against_scratch(arm: Arm, inputs: Inputs) -> Html | None:
     ]
     if not rows:
         return None
-    titles = ("from scratch", "at equal total FLOPs", "its loss there", "grown", "difference")
-    head = element("tr", *(element("th", t, scope="col", class_="number") for t in titles))
+    titles = ("at equal total FLOPs", "its loss there", "grown", "difference")
+    head = element(
+        "tr",
+        element("th", "from scratch", scope="col"),
+        *(element("th", title, scope="col", class_="number") for title in titles),
+    )
     total = humanize.flops(arm.total_flops)
     return together(
         paragraph(
@@ -202,7 +206,7 @@ def _against_scratch(arm: Arm, inputs: Inputs) -> Html | None:
             element("table", element("thead", head), element("tbody", *rows)),
             class_="scroll",
         ),
-        _evaluated(arm),
+        _evaluated(arm, inputs.baseline),
     )
 
 
@@ -234,13 +238,17 @@ def _loss_at(arm: Arm, flops: float) -> float | None:
     return None
 
 
-def _evaluated(arm: Arm) -> Html | None:
+def _evaluated(arm: Arm, baseline: Arm | None) -> Html | None:
     """What the evaluation says of the grown model against the report's baseline."""
     found = arm.comparison
-    if found is None:
+    if found is None or baseline is None:
         return None
     interval = interval_text(found.loss_difference, 3, sign=True)
     return paragraph(
-        f"On held-out documents its loss differs from {found.baseline}'s by "
-        f"{humanize.fixed(found.loss_difference.value, sign=True)} {interval}: {found.verdict}.",
+        f"In the end, {humanize.flops(arm.total_flops)} against "
+        f"{humanize.flops(baseline.total_flops)} in all, its loss on held-out documents differs "
+        "from that of ",
+        named(baseline),
+        f" by {humanize.fixed(found.loss_difference.value, sign=True)} {interval}: "
+        f"{found.verdict}.",
     )

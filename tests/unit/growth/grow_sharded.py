@@ -48,7 +48,7 @@ def main(rank: int, rendezvous: str) -> None:
     )
     ids = torch.arange(12).view(2, 6)[rank : rank + 1] % 11
     small, small_optimizer = build(SMALL)
-    for _ in range(3):
+    for _ in range(2):
         train(small, small_optimizer, ids)
     full = sharded.gather(small, small_optimizer)
     grown = full
@@ -75,7 +75,7 @@ def main(rank: int, rendezvous: str) -> None:
     with torch.no_grad():
         torch.testing.assert_close(large(ids).logits, small(ids).logits, rtol=1e-10, atol=1e-10)
     before = large(ids, labels=ids).loss.item()
-    for _ in range(5):
+    for _ in range(3):
         train(large, large_optimizer, ids)
     assert large(ids, labels=ids).loss.item() < before
     distributed.destroy_process_group()

@@ -23,6 +23,8 @@ from samara.model.loading import load_model, save_model
 from samara.model.masked_lm import SamaraForMaskedLM
 from samara.model.modeling import SamaraForCausalLM
 from samara.train.checkpoint import named_weights
+from samara.train.config import AdamW
+from samara.train.optim import Optimizer
 
 DESIGN = ModelConfig(
     hidden_size=16,
@@ -114,6 +116,51 @@ def test_a_model_grows_in_the_dtype_it_has(dtype):
     fields = {"depth": {"kind": "random_top"}, "noise": 0.1}
     grown = grow(source, target=target, operator=operator(**fields), seed=0)
     assert {weight.dtype for weight in grown.state.weights.values()} == {dtype}
+
+
+def after_training(grown: GrowthState, *, steps: int = 4) -> SamaraForCausalLM:
+    """Take a few steps of AdamW."""
+    model = build(grown)
+    optimizer = Optimizer(model, AdamW(lr=1e-2))
+    optimizer.load_state_dict(grown.optimizer or {})
+    optimizer.set_lr(1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("fields", "stay_equal"),
+    [({}, True), ({"noise": 0.1}, False), ({"moments": "zero"}, False)],
+)
+def test_duplicates_stay_equal_unless_something_breaks_the_symmetry(fields, stay_equal):
+    source, model = state()
+    trained = Optimizer(model, AdamW(lr=1e-2))
+    trained.set_lr(0.0)
+    model(IDS, labels=IDS).loss.backward()
+    trained.step()
+    source = dataclasses.replace(source, optimizer=trained.state_dict(), betas=(0.9, 0.95))
+    wanted = operator(**{"moments": "map", **fields})
+    grown = grow(source, target=changed(ffn_dim=48), operator=wanted, seed=0)
+    up = after_training(grown.state).model.layers[0].mlp.up_proj.weight.detach()
+    gap = (up[:24] - up[24:]).abs().max().item()
+    assert (gap < 1e-12) is stay_equal
+    assert stay_equal or gap > 1e-4
+
+
+def test_a_low_rank_layer_of_zero_output_keeps_a_and_learns_through_b():
+    design = changed(cola={"rank": 4}).expand()
+    source = GrowthState(design=design, weights=fresh_weights(design, 0))
+    wanted = operator(depth={"kind": "llama_pro"})
+    target = deeper_design(design, wanted, num_hidden_layers=4)
+    model = build(grow(source, target=target, operator=wanted, seed=0).state)
+    model(IDS, labels=IDS).loss.backward()
+    for linear in (model.model.layers[1].self_attn.o_proj, model.model.layers[3].mlp.down_proj):
+        assert linear.cola_a.any()
+        assert not linear.cola_b.any()
+        assert linear.cola_b.grad.any()
 
 
 def test_fresh_layers_are_those_of_the_initialiser_and_the_global_generator_rests():

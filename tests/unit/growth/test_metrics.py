@@ -92,10 +92,21 @@ def test_the_settle_point_is_where_the_ranking_becomes_the_last_one():
     assert agreement(CROSSING, 200, 400).num_candidates == 2
 
 
+def test_every_pair_of_rungs_has_to_agree_not_only_with_the_last():
+    curves = {
+        "a": Curve(loss={0: 1.0, 8: 1.0, 16: 1.0}),
+        "b": Curve(loss={0: 2.0, 8: 3.0, 16: 2.0}),
+        "c": Curve(loss={0: 3.0, 8: 2.0}),  # the last rung knows nothing of it
+    }
+    assert settled_at(curves) == 8
+
+
 def test_a_ranking_that_turns_at_the_last_rung_has_not_settled():
     curves = {"a": Curve(loss={0: 1.0, 8: 2.0}), "b": Curve(loss={0: 2.0, 8: 1.0})}
     assert settled_at(curves) is None
     assert settled_at({"a": Curve(loss={0: 1.0})}) is None
+    same = {name: Curve(loss={0: 1.0, 8: 2.0}) for name in "ab"}
+    assert settled_at(same) == 0
     assert settled_at({}) is None
 
 

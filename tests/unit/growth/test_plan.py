@@ -76,6 +76,12 @@ COLA = {"rank": 4}
         ),
         (
             {},
+            {"ffn_dim": 40},
+            {"depth": {"kind": "middle", "length": 2}},
+            "target.num_hidden_layers: is 4, but the depth map gives 6 layers",
+        ),
+        (
+            {},
             {},
             {"depth": {"kind": "map", "layers": [0, 1, 2, 4]}},
             "entry 3 is 4, but the source has layers 0 to 3",

@@ -27,5 +27,5 @@ def test_a_sharded_model_grows_and_trains_on(tmp_path):
         )
         for rank in range(2)
     ]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)

@@ -123,6 +123,10 @@ def test_a_ranking_that_did_not_settle_is_said(grown):
     assert 'class="mark"' not in text
 
 
+def test_a_ranking_that_never_changed_is_said(grown):
+    assert "The ranking was settled right after growth." in words(grown(stage(settled_at=0)))
+
+
 def test_a_race_that_is_not_over_says_so(grown):
     assert "The race is not over." in words(grown(stage(winner=None, undecided=[])))
 
@@ -143,8 +147,13 @@ def test_stages_are_numbered(grown):
 def test_grown_stands_beside_scratch_at_equal_total_flops(grown):
     text = words(grown())
     assert "from scratch at equal total FLOPs its loss there grown difference" in text
-    assert re.search(r"dense \S+.PFLOP|dense \S+ \w?FLOP", text)
-    assert "On held-out documents its loss differs from dense's by" in text
+    row = re.search(r"dense (\S+)\s\wFLOP (\S+) (\S+) (\S+)", text)
+    assert row is not None
+    scratch, own, difference = (float(value.replace("\u2212", "-")) for value in row.groups()[1:])
+    assert difference == pytest.approx(own - scratch, abs=0.0011)
+    assert re.search(
+        r"In the end, \S+.\wFLOP against \S+.\wFLOP in all, its loss on held-out", text
+    )
     assert "unresolved" in text
 
 
