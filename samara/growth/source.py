@@ -74,6 +74,7 @@ def open_source(config: GrowConfig, corpus: PreparedCorpus, tokenizer: TextToken
         CheckpointError: If it holds no whole model, or all its checkpoints are damaged.
     """
     path = Path(config.source).expanduser()
+    _check_folder(path)
     try:
         origin = origin_of(str(path), sequence_length=config.data.sequence_length)
         assert origin.folder is not None
@@ -95,6 +96,17 @@ def open_source(config: GrowConfig, corpus: PreparedCorpus, tokenizer: TextToken
         first_row=first_row,
         data_note=note,
     )
+
+
+def _check_folder(path: Path) -> None:
+    if not path.is_dir():
+        raise CheckpointError(
+            f"source: {path}: no such folder; give a run folder or a model folder"
+        )
+    if (path / "checkpoints").is_dir() and not (path / "model").is_dir():
+        raise CheckpointError(
+            f"source: {path}: the run has not finished, there is no model in it; run it to its end"
+        )
 
 
 def newest_checkpoint(run: Path) -> Path | None:

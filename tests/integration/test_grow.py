@@ -407,7 +407,15 @@ def test_ray_gives_the_same_run(settings, tmp_path):
             "candidates.0 (stack): target.num_hidden_layers: is 1, less than the source's 2; "
             "nothing may shrink",
         ),
-        ({"source": "nowhere"}, "source: nowhere/config.json: no such file"),
+        (
+            {"source": "nowhere"},
+            "source: nowhere: no such folder; give a run folder or a model folder",
+        ),
+        (
+            {"source": "{unfinished}"},
+            "source: {unfinished}: the run has not finished, there is no model in it; run it to "
+            "its end",
+        ),
         (
             {"source": "{source}/model"},
             "candidates.0.moments: map needs the optimizer's state, and source {source}/model has "
@@ -449,7 +457,13 @@ def test_a_mistake_is_one_line(samara, settings, source, tmp_path, unsplit, chan
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    places = {"source": str(source), "other": str(other), "unsplit": str(unsplit)}
+    (tmp_path / "unfinished" / "checkpoints").mkdir(parents=True)
+    places = {
+        "unfinished": str(tmp_path / "unfinished"),
+        "source": str(source),
+        "other": str(other),
+        "unsplit": str(unsplit),
+    }
 
     def fill(text: str) -> str:
         for name, place in places.items():
