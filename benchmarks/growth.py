@@ -198,7 +198,11 @@ def scratch_steps(scale: Scale, vocab_size: int) -> float:
 def carry_out(scale: Scale, task: Task, corpus: Path, out: Path) -> dict[str, Any]:
     """Do one run; its figures."""
     start = time.perf_counter()
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
         found = _grown(scale, task, corpus, out) if task.kind == "grown" else None
         found = found or _pretrained(scale, task, corpus, out)
     return {"name": task.name, **asdict(task), **found, "wall": time.perf_counter() - start}
@@ -311,7 +315,7 @@ def first_tasks(scale: Scale) -> list[Task]:
     return [*sorted(sources, key=lambda task: task.seed), *sweep]
 
 
-def tasks_behind(scale: Scale, done: Task) -> list[Task]:
+def tasks_behind(done: Task) -> list[Task]:
     """What a finished source lets begin."""
     if done.kind != "source":
         return []
@@ -349,6 +353,7 @@ def work_off(scale: Scale, options: argparse.Namespace, record: Record) -> bool:
     known = {row["name"] for row in record.rows}
     seen: set[str] = set()
     running: dict[Future[dict[str, Any]], Task] = {}
+    failed = False
     with _pool(options) as pool:
 
         def submit(tasks: Sequence[Task]) -> None:
@@ -358,7 +363,7 @@ def work_off(scale: Scale, options: argparse.Namespace, record: Record) -> bool:
                     if task.name not in known or not (out / task.name).exists():
                         running[pool.submit(carry_out, scale, task, corpus, out)] = task
                     else:
-                        submit(tasks_behind(scale, task))
+                        submit(tasks_behind(task))
 
         submit(first_tasks(scale))
         submit(tasks_at_best_rate(scale, record.rows))
@@ -369,13 +374,20 @@ def work_off(scale: Scale, options: argparse.Namespace, record: Record) -> bool:
                 _stop(pool)
                 return False
             for future in done:
-                task, row = running.pop(future), future.result()
+                task, error = running.pop(future), future.exception()
+                if error is not None:
+                    failed = True
+                    print(f"{task.name:50} failed: {error}", flush=True)
+                    continue
+                row = future.result()
                 if task.name not in known:
                     record.add(row)
-                    print(f"{task.name:50} loss {row['loss']:.4f}  {row['wall']:5.0f} s", flush=True)
-                submit(tasks_behind(scale, task))
+                    print(
+                        f"{task.name:50} loss {row['loss']:.4f}  {row['wall']:5.0f} s", flush=True
+                    )
+                submit(tasks_behind(task))
                 submit(tasks_at_best_rate(scale, record.rows))
-    return True
+    return not failed
 
 
 @contextlib.contextmanager
@@ -426,7 +438,7 @@ def main(arguments: Sequence[str]) -> None:
         script=__file__,
         arguments=arguments,
         device="cuda" if options.gpus else "cpu",
-        settings={**vars(options), "sizes": asdict(SCALES[options.scale])},
+        settings={"scale": options.scale, "sizes": asdict(SCALES[options.scale])},
     )
     if options.json is not None and options.json.exists():
         record.rows.extend(read_json(options.json)["rows"])
