@@ -23,9 +23,10 @@ LAYERS: list[set[str]] = [
     {"model", "data"},
     {"measure"},
     {"train"},
+    {"sparse"},
     {"report"},
     {"recipe"},
-    {"lifecycle", "designs"},
+    {"lifecycle", "designs", "delta_commands"},
     {"cli"},
     {"__main__"},
 ]
