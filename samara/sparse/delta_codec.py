@@ -112,21 +112,32 @@ def _encode_scattered(indices: Indices) -> CodedIndices:
 
 def _encode_structured(indices: Indices, rows: int, cols: int) -> list[CodedIndices]:
     """The codecs of whole rows, columns or blocks, where the positions are a union of such."""
-    row_ids, col_ids = np.unique(indices // cols), np.unique(indices % cols)
+    row, col = indices // cols, indices % cols
     found = []
+    row_ids, col_ids = _present(row, rows), _present(col, cols)
     if len(indices) == len(row_ids) * cols:
         found.append(CodedIndices(codec="rows", params={}, data=row_ids.astype("<u4").tobytes()))
     if len(indices) == len(col_ids) * rows:
         found.append(CodedIndices(codec="cols", params={}, data=col_ids.astype("<u4").tobytes()))
     for size in BLOCK_SIZES:
-        width = -(-cols // size)
-        blocks = np.unique((indices // cols // size) * width + indices % cols // size)
-        if np.array_equal(_block_entries(blocks, size, rows, cols), indices):
+        height, width = -(-rows // size), -(-cols // size)
+        blocks = _present(row // size * width + col // size, height * width)
+        # The blocks hold all positions; where they hold no more, they are the positions.
+        heights = np.minimum(size, rows - blocks // width * size)
+        widths = np.minimum(size, cols - blocks % width * size)
+        if int(heights @ widths) == len(indices):
             inner = _encode_scattered(blocks)
             params = {"size": size, "nnz": len(blocks), "ids": inner.codec, **inner.params}
             found.append(CodedIndices(codec="block", params=params, data=inner.data))
             break
     return found
+
+
+def _present(numbers: Indices, count: int) -> Indices:
+    """The distinct ones of many numbers below ``count``, ascending; no sorting."""
+    mask = np.zeros(count, bool)
+    mask[numbers] = True
+    return np.flatnonzero(mask)
 
 
 def _matrix(shape: Shape) -> tuple[int, int]:
