@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 import typer.core
 
-from samara import delta_commands
+from samara import delta_commands, registry_commands
 from samara.errors import ConfigError, SamaraError, Stopped
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ app = typer.Typer(
 )
 
 app.add_typer(delta_commands.app, name="delta")
+app.add_typer(registry_commands.app, name="registry")
 
 RecipeArgument = Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)]
 Overrides = Annotated[

@@ -23,7 +23,8 @@ from samara.errors import (
 from samara.sparse import delta_apply
 from samara.sparse.delta import make_delta
 from samara.sparse.delta_apply import DeltaStack, delta_stack
-from samara.sparse.delta_records import License, Provenance
+from samara.registry.records import License
+from samara.sparse.delta_records import Provenance
 from samara.sparse.tensor_bits import Entries, model_tensors, named_tensors
 
 MODES = ("ulp", "xor", "overwrite")

@@ -32,7 +32,8 @@ from samara.sparse.delta_checkpoint import (
     revert_checkpoint,
     verify_checkpoint,
 )
-from samara.sparse.delta_records import License, Provenance
+from samara.registry.records import License
+from samara.sparse.delta_records import Provenance
 from samara.sparse.tensor_files import CheckpointFiles, FileEntries
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -14,7 +14,8 @@ from samara.errors import CorruptDelta, DeltaError, ShapeMismatch, TiedTensorDup
 from samara.runs import hash_json
 from samara.sparse.delta import Delta, SelectedEntries, delta_from_entries, make_delta
 from samara.sparse.delta_file import delta_bytes, parse_delta, read_delta
-from samara.sparse.delta_records import License, Provenance, Selector, Train
+from samara.registry.records import License
+from samara.sparse.delta_records import Provenance, Selector, Train
 from samara.sparse.tensor_bits import digests
 
 GOLDEN = Path(__file__).parent / "data" / "golden-v1.sdelta"
