@@ -7,6 +7,7 @@ name and is swept up by ``gc``.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import io
 import os
@@ -146,11 +147,10 @@ class ObjectStore:
     def age_seconds(self, name: str, now: float) -> float:
         """Seconds since a name was written; 0 where the store does not say."""
         info: dict[str, Any] = self._files.info(f"{self._root}/{name}")
-        stamp = info.get("mtime") or info.get("created") or info.get("LastModified")
-        seconds = stamp if isinstance(stamp, float | int) else getattr(stamp, "timestamp", None)
-        if callable(seconds):
-            seconds = seconds()
-        return now - seconds if seconds is not None else 0.0
+        stamps = (info.get(key) for key in ("mtime", "created", "LastModified"))
+        stamp = next((stamp for stamp in stamps if stamp is not None), now)
+        # Local files give seconds, most other stores a date.
+        return now - (stamp.timestamp() if isinstance(stamp, datetime.datetime) else stamp)
 
     def remove(self, name: str) -> int:
         """Remove an object, or an unfinished one; returns its size."""

@@ -30,6 +30,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError
 from sqlalchemy.exc import NoSuchModuleError as NoSuchDialectError
+from sqlalchemy.pool import NullPool
 
 from samara.errors import RegistryError
 from samara.registry.audit_log import FIRST
@@ -126,7 +127,8 @@ def open_engine(url: str) -> Engine:
     """
     try:
         arguments = {"timeout": LOCK_SECONDS} if url.startswith("sqlite") else {}
-        engine = create_engine(url, connect_args=arguments)
+        # Connections are few and short: none is kept, so none is left open.
+        engine = create_engine(url, connect_args=arguments, poolclass=NullPool)
         if engine.dialect.name == "sqlite":
             event.listen(engine, "connect", _check_foreign_keys)
         _make_tables(engine)

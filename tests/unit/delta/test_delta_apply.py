@@ -20,10 +20,10 @@ from samara.errors import (
     TiedTensorDuplicate,
     WrongBase,
 )
+from samara.registry.records import License
 from samara.sparse import delta_apply
 from samara.sparse.delta import make_delta
 from samara.sparse.delta_apply import DeltaStack, delta_stack
-from samara.registry.records import License
 from samara.sparse.delta_records import Provenance
 from samara.sparse.tensor_bits import Entries, model_tensors, named_tensors
 

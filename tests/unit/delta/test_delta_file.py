@@ -11,10 +11,10 @@ import torch
 from safetensors import safe_open
 
 from samara.errors import CorruptDelta, DeltaError, ShapeMismatch, TiedTensorDuplicate
+from samara.registry.records import License
 from samara.runs import hash_json
 from samara.sparse.delta import Delta, SelectedEntries, delta_from_entries, make_delta
 from samara.sparse.delta_file import delta_bytes, parse_delta, read_delta
-from samara.registry.records import License
 from samara.sparse.delta_records import Provenance, Selector, Train
 from samara.sparse.tensor_bits import digests
 
