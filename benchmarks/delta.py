@@ -211,8 +211,8 @@ def main(arguments: list[str] | None = None) -> None:
     sizes = [
         measure_size(mode, density, sigma, side=side)
         for mode in MODES
-        for density in DENSITIES
-        for sigma in SIGMAS
+        for density in (DENSITIES[-1:] if options.smoke else DENSITIES)
+        for sigma in (SIGMAS[-1:] if options.smoke else SIGMAS)
     ]
     print(f"{'mode':10}{'density':>9}{'sigma':>9}{'B/nonzero':>11}{'index':>8}{'value':>8}")
     for row in sizes:

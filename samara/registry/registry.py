@@ -263,39 +263,34 @@ class Registry:
         if gates is not None:
             self._set_gates(line, alias, gates, actor=actor)
         with self.engine.connect() as connection:
-            version = catalogue.find_version(connection, line, reference)
-            seen = catalogue.find_alias(connection, line, alias)
-            rules = catalogue.gates_of(connection, line, alias)
-            own = catalogue.evidence_of(connection, version)
-            held = seen is not None and seen.version.id != version.id
-            holder = catalogue.evidence_of(connection, seen.version) if seen and held else None
-        _check_not_dropped(version)
-        if rules is None and alias == GATED and override is None:
+            seen = _standing(connection, line, reference, alias)
+        _check_not_dropped(seen.version)
+        if seen.gates is None and alias == GATED and override is None:
             raise GateError(f"{line}: alias '{alias}' has no gates yet; set them with --gates FILE")
-        decision = decide(rules, own, holder) if rules is not None else None
+        decision = decide(seen.gates, seen.evidence, seen.holder_evidence) if seen.gates else None
+        outcome = "promote" if decision is None or override else decision.outcome
+        holder = seen.alias.version if seen.alias else None
         details = {
             "alias": alias,
-            "version": version.number,
-            "from": seen.version.number if seen else None,
+            "version": seen.version.number,
+            "from": holder.number if holder else None,
             "gates": decision.text() if decision else None,
             "override": {"name": override.name, "reason": override.reason} if override else None,
         }
-        passes = decision is None or decision.outcome == "promote"
         with tables.writing(self.engine) as connection:
-            action = "promote" if passes or override or decision is None else decision.outcome
-            if action == "promote":
-                catalogue.move_alias(connection, line, alias, version, seen=seen)
-            catalogue.append_log(connection, actor=actor, action=action, line=line, details=details)
-        if action != "promote":
-            assert decision is not None
-            hint = "measure more" if action == "hold" else "mend it"
-            raise GateError(
-                f"{version.name}: the gates of '{alias}' say {action} ({decision.text()}); {hint}, "
-                "or override with a name and a reason"
+            if outcome == "promote":
+                catalogue.move_alias(connection, line, alias, seen.version, seen=seen.alias)
+                _check_unchanged(seen, _standing(connection, line, reference, alias))
+            catalogue.append_log(
+                connection, actor=actor, action=outcome, line=line, details=details
             )
-        return Promotion(
-            version=version, previous=seen.version if seen else None, decision=decision
-        )
+        if decision is not None and outcome != "promote":
+            hint = "measure more" if outcome == "hold" else "mend it"
+            raise GateError(
+                f"{seen.version.name}: the gates of '{alias}' say {outcome} ({decision.text()}); "
+                f"{hint}, or override with a name and a reason"
+            )
+        return Promotion(version=seen.version, previous=holder, decision=decision)
 
     def _set_gates(self, line: str, alias: str, gates: Gates, *, actor: str) -> None:
         with tables.writing(self.engine) as connection:
@@ -398,6 +393,49 @@ class _Lease:
     def __exit__(self, *_: object) -> None:
         with tables.writing(self._engine) as connection:
             connection.execute(delete(tables.leases).where(tables.leases.c.holder == self._holder))
+
+
+# --- promotion ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Standing:
+    """All that a promotion is decided on."""
+
+    version: Version
+    alias: Alias | None
+    gates: Gates | None
+    evidence: Evidence
+    holder_evidence: Evidence | None
+
+
+def _standing(connection: Connection, line: str, reference: str, alias: str) -> _Standing:
+    version = catalogue.find_version(connection, line, reference)
+    found = catalogue.find_alias(connection, line, alias)
+    is_held = found is not None and found.version.id != version.id
+    return _Standing(
+        version=version,
+        alias=found,
+        gates=catalogue.gates_of(connection, line, alias),
+        evidence=catalogue.evidence_of(connection, version),
+        holder_evidence=catalogue.evidence_of(connection, found.version)
+        if found and is_held
+        else None,
+    )
+
+
+def _check_unchanged(seen: _Standing, now: _Standing) -> None:
+    """Refuse a decision whose grounds changed while it was made.
+
+    Raises:
+        RegistryError: If the version's files, its evidence or the gates did.
+    """
+    same = (seen.version, seen.gates, seen.evidence) == (now.version, now.gates, now.evidence)
+    if not same:
+        raise RegistryError(
+            f"{seen.version.name}: its evidence or the gates were changed by somebody else in the "
+            "meantime; look at them and try again"
+        )
 
 
 # --- checks -----------------------------------------------------------------------------------

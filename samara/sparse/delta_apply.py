@@ -317,7 +317,7 @@ def write_all(writes: Sequence[Write]) -> None:
 
 def _live(source: NamedTensors, tensor: TensorDelta, delta: DeltaData) -> Entries:
     check_tensor(source, tensor, delta)
-    return entries(source[tensor.name], tensor.indices)
+    return entries(source.live(tensor.name), tensor.indices)
 
 
 def check_tensor(source: TensorSource, tensor: TensorDelta, delta: DeltaData) -> None:
@@ -349,7 +349,7 @@ def _exchange(
     indices, old_places, new_places = _union(
         old.indices if old else _NOTHING, new.indices if new else _NOTHING
     )
-    live = entries(source[name], indices)
+    live = entries(source.live(name), indices)
     now = live.read()
     base = now.copy()
     if old is not None:

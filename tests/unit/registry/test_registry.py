@@ -231,6 +231,21 @@ def test_two_who_promote_at_once_one_wins_the_other_is_told(
     assert upkeep.verify(registry) == []
 
 
+def test_evidence_that_comes_in_between_counts(registry, add, evidence_of, monkeypatch):
+    add("one", accuracy=0.8)
+    decide = registry_module.decide
+
+    def decide_late(*arguments):
+        found = decide(*arguments)
+        registry.add_evidence("line", "1", evidence_of(0.2, bias="fail"), actor="grace")
+        return found
+
+    monkeypatch.setattr(registry_module, "decide", decide_late)
+    with pytest.raises(RegistryError, match="its evidence or the gates were changed by somebody"):
+        promote(registry, "1", gates=GATES)
+    assert registry.aliases() == []
+
+
 def _write_versions(location: str, url: str, name: str) -> None:
     from samara.registry.records import Description
 
