@@ -32,7 +32,7 @@ def benchmark_delta() -> Iterator[Any]:
 def test_half_a_percent_of_a_bfloat16_matrix_takes_so_many_bytes_each(
     benchmark_delta, sigma, limit
 ):
-    """Bytes of the whole file, per changed weight: small updates below 2.2, large ones below 2.6."""
+    """Bytes of the whole file per changed weight: 2.2 for small updates, 2.6 for large ones."""
     assert benchmark_delta.measure_size("ulp", 0.005, sigma, side=4096).bytes_per_nonzero <= limit
 
 
