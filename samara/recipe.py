@@ -30,6 +30,7 @@ from pydantic import Field
 from samara.config import Config, apply_overrides, load_yaml, merge, validate
 from samara.data.config import PrepareConfig
 from samara.errors import ConfigError, did_you_mean
+from samara.growth.config import GrowConfig
 from samara.measure.config import EvaluateConfig
 from samara.report.config import ReportConfig
 from samara.runs import RunFolder, hash_json
@@ -56,6 +57,7 @@ class Verb:
 VERBS: dict[str, Verb] = {
     "prepare": Verb(config=PrepareConfig, function="samara.data.prepare:prepare_verb"),
     "pretrain": Verb(config=PretrainConfig, function="samara.train.pretrain:pretrain"),
+    "grow": Verb(config=GrowConfig, function="samara.growth.grow:grow_verb"),
     "instruct": Verb(config=InstructConfig, function="samara.train.instruct:instruct"),
     "evaluate": Verb(config=EvaluateConfig, function="samara.measure.evaluate:evaluate"),
     "report": Verb(config=ReportConfig, function="samara.report.report:report"),
@@ -69,6 +71,8 @@ class StageConfig(Config):
     """Text in; documents, tokenizer and token shards out."""
     pretrain: PretrainConfig | None = None
     """Corpus in; checkpoint out."""
+    grow: GrowConfig | None = None
+    """Checkpoint in; a larger one out that trained on."""
     instruct: InstructConfig | None = None
     """Model and conversations in; a model that answers out."""
     evaluate: EvaluateConfig | None = None

@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
     {"model", "data"},
     {"measure"},
     {"train"},
-    {"sparse"},
+    {"growth", "sparse"},
     {"report"},
     {"recipe"},
     {"lifecycle", "designs", "delta_commands", "registry_commands"},
