@@ -52,6 +52,7 @@ def main(command: list[str]) -> int:
     if user == "":
         return skip("this is root, and there is no user 'postgres' or 'nobody' to run it as")
     initdb, postgres = found
+    # A socket's path has 107 bytes at most: TMPDIR may be too deep for it.
     with tempfile.TemporaryDirectory(prefix="pg-", dir="/tmp") as name:
         folder = Path(name)
         if user:

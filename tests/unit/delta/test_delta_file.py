@@ -196,6 +196,10 @@ def test_other_types_and_unknown_names_are_refused(base):
         delta_from_entries({"b": entries}, base=digests(base))
     with pytest.raises(ShapeMismatch, match="x: the base has no such tensor"):
         delta_from_entries({"x": entries}, base=digests(base))
+    with pytest.raises(ShapeMismatch, match="x: the base has no such tensor"):
+        make_delta(base, {**base, "x": half})
+    with pytest.raises(ShapeMismatch, match="x: the base has no such tensor"):
+        make_delta(base, base, support={"x": torch.tensor([0])})
 
 
 def test_integer_tensors_must_not_change():
