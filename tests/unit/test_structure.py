@@ -23,6 +23,8 @@ LAYERS: list[set[str]] = [
     {"model", "data"},
     {"measure"},
     {"train"},
+    {"sparse"},
+    {"adapt"},
     {"report"},
     {"recipe"},
     {"lifecycle", "designs"},
