@@ -38,7 +38,7 @@ def allocate(
         sizes: Entries of each matrix, N_l.
         capacities: Those that can be chosen, at most N_l.
         masses: Entries of each among the K best of all.
-        floors: Entries that each has at least, whatever the clamp.
+        floors: Entries that each has at least, whatever the clamp; no more than K in sum.
         rho: 0: by size; 1: by mass.
         clamp: Least and most of each, as multiples of K * N_l / N.
     """
@@ -54,6 +54,8 @@ def allocate(
     base = np.array(floors, dtype=np.float64)
     high = np.maximum(high, base)
     low = np.maximum(np.minimum(clamp[0] * by_size, high), base)
+    if low.sum() > total:  # the floors leave less than the least shares by size
+        low = base + (low - base) * (total - base.sum()) / (low - base).sum()
     return _rounded(_water_fill(wanted, low, high, total), high, total)
 
 
@@ -87,8 +89,4 @@ def _rounded(shares: Floats, high: Floats, total: int) -> list[int]:
         for place in open_[:missing]:
             whole[place] += 1
         missing = total - int(whole.sum())
-    while missing < 0:  # low bounds that were rounded up
-        place = next(p for p in order[::-1] if whole[p] > 0)
-        whole[place] -= 1
-        missing += 1
     return [int(count) for count in whole]

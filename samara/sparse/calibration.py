@@ -58,6 +58,7 @@ class GradientSums:
         self._sum = torch.zeros(weight.numel(), dtype=dtype, device=weight.device)
         self._square_sum = torch.zeros_like(self._sum)
         self._shape, self._exact = weight.shape, exact
+        self._typical: Tensor | None = None
         self.index: Tensor | None = None
         self.num_samples = 0
 
@@ -80,10 +81,24 @@ class GradientSums:
         """The mean squared gradient, in the shape of the weight; 0 where pruned."""
         return self._dense(self._square_sum)
 
+    @property
+    def typical_fisher(self) -> Tensor:
+        """The median of F, a scalar; the mean of what is not 0 where that is most of it; or 0.
+
+        Of pruned sums: of all positions, as it was when they were pruned.
+        """
+        if self._typical is not None:
+            return self._typical
+        fisher = self.fisher
+        median = fisher.median()
+        positive = fisher[fisher > 0]
+        return positive.mean() if median == 0 and positive.numel() else median
+
     def prune(self, scores: Tensor, keep: int) -> None:
         """Go on with the ``keep`` best positions by ``scores`` (the weight's shape) alone."""
         if keep >= scores.numel():
             return
+        self._typical = self.typical_fisher
         self.index = scores.flatten().topk(keep, sorted=False).indices.sort().values
         self._sum, self._square_sum = self._sum[self.index], self._square_sum[self.index]
 

@@ -107,14 +107,10 @@ def family(exponents: Exponents, weight: Tensor, sums: GradientSums | None) -> T
     score = torch.ones_like(exact)
     if a or b:
         assert sums is not None
-        fisher = sums.fisher
-        floor = fisher.median()
-        if floor == 0:
-            positive = fisher[fisher > 0]
-            if not positive.numel():
-                return torch.zeros_like(exact)
-            floor = positive.mean()
-        score = score * _power(sums.mean.abs(), a) * _power(fisher + FLOOR * floor, b)
+        typical = sums.typical_fisher
+        if typical == 0:
+            return torch.zeros_like(exact)
+        score = score * _power(sums.mean.abs(), a) * _power(sums.fisher + FLOOR * typical, b)
         if sums.index is not None:  # candidates only
             kept = torch.zeros_like(score)
             kept.view(-1)[sums.index] = score.view(-1)[sums.index]
@@ -170,7 +166,8 @@ def low_rank_approximation(weight: Tensor, *, rank: int, seed: int, rounds: int 
             q = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ q).Q).Q
         u, s, vh = torch.linalg.svd(q.T @ weight, full_matrices=False)
         u = q @ u
-    return (u[:, :rank] * s[:rank]) @ vh[:rank]
+    result: Tensor = (u[:, :rank] * s[:rank]) @ vh[:rank]
+    return result
 
 
 def _random(tensor: str, weight: Tensor, *, seed: int) -> Tensor:
