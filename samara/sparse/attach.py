@@ -13,7 +13,8 @@ Names, state, saving and devices of the model stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -27,6 +28,7 @@ from samara.errors import ConfigError, did_you_mean
 from samara.model.cola import LowRankLinear
 from samara.sparse.gradients import (
     EmbeddingPlan,
+    InputSlice,
     Plan,
     make_embedding_plan,
     make_plan,
@@ -38,6 +40,7 @@ from samara.sparse.update import Selected
 from samara.train.objective import output_weight
 
 GradientPath = Literal["auto", "dense"]
+Slices = dict[bytes, InputSlice]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +77,7 @@ class Attachment:
         }
         self.plans: dict[str, Plan | EmbeddingPlan] = {}
         self._removers: list[Callable[[], None]] = []
+        self._slices: Slices = {}
         for parameter in parameters.values():
             parameter.requires_grad_(False)
         self._connect()
@@ -98,15 +102,27 @@ class Attachment:
     def state_bytes(self) -> int:
         """Bytes that training keeps beside the model: positions, values, moments, gradients."""
         own = sum(entry.state_bytes for entry in self.selected.values())
-        return own + sum(
-            plan.index.numel() * plan.index.element_size() for plan in self.plans.values()
-        )
+        places = [
+            plan.index
+            for name, plan in self.plans.items()
+            if plan.index is not self.selected[name].index
+        ]
+        return own + sum(place.numel() * place.element_size() for place in places)
 
     def detach(self) -> None:
         """Take off all taps and hooks; the weights keep the trained values."""
         self._disconnect()
         for name, parameter in self._model.named_parameters():
             parameter.requires_grad_(self._required[name])
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Take taps and hooks off for a while: the model is then frozen, and plain."""
+        self._disconnect()
+        try:
+            yield
+        finally:
+            self._connect()
 
     def restore(self) -> None:
         """Put the base model's numbers back, bit for bit."""
@@ -139,7 +155,7 @@ class Attachment:
                 self._removers.append(_gather_dense(entry))
                 continue
             for use in modules:
-                plan, remover = _tap(use, entry)
+                plan, remover = _tap(use, entry, self._slices)
                 self.plans[entry.name] = plan
                 self._removers.append(remover)
 
@@ -148,6 +164,7 @@ class Attachment:
             remove()
         self._removers.clear()
         self.plans.clear()
+        self._slices.clear()
 
 
 def check_support(model: nn.Module, support: Support) -> None:
@@ -195,17 +212,24 @@ def _can_tap(use: Use) -> bool:
     return plain or isinstance(use.module, LowRankLinear)
 
 
-def _tap(use: Use, entry: Selected) -> tuple[Plan | EmbeddingPlan, Callable[[], None]]:
-    device = entry.weight.device
+def _tap(
+    use: Use, entry: Selected, slices: Slices
+) -> tuple[Plan | EmbeddingPlan, Callable[[], None]]:
     if isinstance(use.module, nn.Embedding):
-        rows = make_embedding_plan(entry.support, padding_idx=use.module.padding_idx, device=device)
+        rows = make_embedding_plan(
+            entry.support, padding_idx=use.module.padding_idx, device=entry.weight.device
+        )
         return rows, _after_forward(
             use.module, lambda output, ids: tap_embedding(output, ids, entry.values, rows)
         )
-    plan = make_plan(entry.support, input_dim=input_dim(use), device=device)
+    plan = make_plan(entry.support, input_dim=input_dim(use), positions=entry.index)
+    kept = None
+    if plan.inputs is not None:
+        columns = plan.inputs.cpu().numpy().tobytes()
+        kept = slices.setdefault(columns, InputSlice(plan.inputs))
 
     def tapped(output: Tensor, source: Tensor) -> Tensor:
-        return tap(output, source, entry.values, plan)
+        return tap(output, source, entry.values, plan, kept)
 
     if isinstance(use.module, LowRankLinear):
         return plan, _after_factor(use.module, use.attribute, tapped)

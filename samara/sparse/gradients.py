@@ -26,7 +26,7 @@ Shapes: n tokens, r rows and c columns of the weight as stored, k entries, s sid
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,16 +83,17 @@ class Plan:
         return self.rows if self.input_dim == 1 else self.columns
 
 
-def make_plan(support: TensorSupport, *, input_dim: int, device: torch.device) -> Plan:
+def make_plan(support: TensorSupport, *, input_dim: int, positions: Tensor) -> Plan:
     """Choose the path for a two-dimensional weight.
 
     Args:
         support: Its selected entries.
         input_dim: 1 for ``nn.Linear``; 0 for weights stored (in, out).
-        device: Where the weight is.
+        positions: The entries' positions, int32, on the weight's device: used as they are where
+            nothing is left out.
     """
     num_rows, num_columns = support.shape
-    index = support.index
+    index, device = support.index, positions.device
     block = _block_plan(support, input_dim=input_dim, device=device)
     if block is not None:
         return block
@@ -104,12 +105,17 @@ def make_plan(support: TensorSupport, *, input_dim: int, device: torch.device) -
     inner = row * width + column
     tile_rows = max(1, min(height, WORKSPACE_BYTES // (4 * width)))
     edges = torch.arange(0, height + tile_rows, tile_rows) * width
-    is_whole = index.numel() == height * width
+    if index.numel() == height * width:
+        places = positions[:0]
+    elif rows is None and columns is None:
+        places = positions
+    else:
+        places = _int32(inner, device)
     return Plan(
         input_dim=input_dim,
         rows=_int32(rows, device),
         columns=_int32(columns, device),
-        index=_int32(inner[:0] if is_whole else inner, device),
+        index=places,
         bounds=torch.searchsorted(inner, edges),
         tile_rows=tile_rows,
     )
@@ -151,7 +157,30 @@ def _block_plan(support: TensorSupport, *, input_dim: int, device: torch.device)
     )
 
 
-def tap(output: Tensor, source: Tensor, values: Tensor, plan: Plan) -> Tensor:
+class InputSlice:
+    """The columns of a layer's input that are kept for backward.
+
+    Layers that read the same tensor and keep the same columns share one slice of it.
+    """
+
+    def __init__(self, inputs: Tensor) -> None:
+        self._inputs = inputs
+        self._source: weakref.ref[Tensor] | None = None
+        self._slice: Tensor | None = None
+
+    def take(self, source: Tensor) -> Tensor:
+        """The slice (..., j) of ``source`` (..., in)."""
+        if torch.compiler.is_compiling():  # the compiler finds equal slices by itself
+            return source.index_select(-1, self._inputs)
+        if self._slice is None or self._source is None or self._source() is not source:
+            self._slice = source.detach().index_select(-1, self._inputs)
+            self._source = weakref.ref(source)
+        return self._slice
+
+
+def tap(
+    output: Tensor, source: Tensor, values: Tensor, plan: Plan, kept: InputSlice | None = None
+) -> Tensor:
     """Return ``output``, through which ``values`` get the gradient of their weight's entries.
 
     Args:
@@ -159,9 +188,10 @@ def tap(output: Tensor, source: Tensor, values: Tensor, plan: Plan) -> Tensor:
         source: Its input (..., in).
         values: The trained values (k,), float32; not read, they are in the weight.
         plan: From :func:`make_plan`.
+        kept: Takes the slice of the input, where the plan has one; left out: a slice of its own.
     """
     if plan.inputs is not None:
-        source = source.index_select(-1, plan.inputs)
+        source = (kept or InputSlice(plan.inputs)).take(source)
     result: Tensor = _Tap.apply(  # type: ignore[no-untyped-call]
         output,
         source.detach(),
@@ -374,13 +404,3 @@ class _EmbeddingTap(torch.autograd.Function):
         grad_values = dense.flatten().index_select(0, index).to(ctx.dtype)
         passed = grad_output if ctx.needs_input_grad[0] else None
         return passed, None, grad_values, None, None, None
-
-
-def saved_features(plan: Plan, *, num_inputs: int) -> int:
-    """Features of each token of the layer's input that the tap keeps for backward."""
-    return num_inputs if plan.inputs is None else plan.inputs.numel()
-
-
-def index_bytes(plans: Sequence[Plan | EmbeddingPlan]) -> int:
-    """Bytes of the plans' own positions, beside the 4 a selected entry that the update holds."""
-    return sum(plan.index.numel() * plan.index.element_size() for plan in plans)

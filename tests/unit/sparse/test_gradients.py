@@ -113,7 +113,7 @@ def test_a_tied_weight_that_two_modules_call_gets_the_sum(models):
 def test_tiles_agree_with_the_whole_product(monkeypatch, num_tiles, facing):
     monkeypatch.setattr(gradients, "WORKSPACE_BYTES", 4 * 6 * (7 // num_tiles))
     support = random_units((7, 6), facing, "element", share=0.9)
-    plan = gradients.make_plan(support, input_dim=facing, device=torch.device("cpu"))
+    plan = gradients.make_plan(support, input_dim=facing, positions=support.index.int())
     left, right = torch.randn(5, 7), torch.randn(5, 6)
     found = gradients.selected_entries(
         left, right, plan.index, plan.bounds, plan.tile_rows, support.index.numel()
@@ -124,9 +124,9 @@ def test_tiles_agree_with_the_whole_product(monkeypatch, num_tiles, facing):
 
 def test_whole_columns_are_one_product_without_positions(models):
     support = random_units((12, 8), 1, "column", share=0.5)
-    plan = gradients.make_plan(support, input_dim=1, device=torch.device("cpu"))
+    plan = gradients.make_plan(support, input_dim=1, positions=support.index.int())
     assert plan.inputs is not None
-    assert plan.inputs.numel() == gradients.saved_features(plan, num_inputs=8) == 4
+    assert plan.inputs.numel() == 4
     assert plan.index.numel() == 0
     assert plan.outputs is None
 
@@ -149,6 +149,35 @@ def test_the_input_slice_is_all_that_is_kept(models):
         ):
             models.objective("llama")(model, batch)
         assert kept[0] == (3, 11, width)
+
+
+def test_layers_that_read_the_same_input_share_the_slice(models):
+    model, batch = models.build("llama"), models.batch("llama")
+    layer = "model.layers.1.self_attn."
+    tensors = {
+        f"{layer}{n}_proj.weight": TensorSupport(
+            shape=(width, 16), index=torch.arange(0, width * 16, 16) + 3
+        )
+        for n, width in (("q", 16), ("k", 8), ("v", 8))
+    }
+    dense = reference(model, models.objective("llama"), batch, set(tensors))
+    kept = {}
+
+    def pack(tensor):
+        if tensor.shape[-1] == 1 and tensor.shape[0] == 2:
+            kept[tensor.data_ptr()] = kept.get(tensor.data_ptr(), 0) + 1
+        return tensor
+
+    support = Support(tensors=tensors)
+    with (
+        Attachment(model, support) as attachment,
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        for _ in range(2):
+            models.objective("llama")(model, batch).loss.backward()
+        found = {n: e.values.grad / 2 for n, e in attachment.selected.items()}
+    assert max(kept.values()) >= 3
+    compare(found, dense, support)
 
 
 def test_nothing_is_kept_below_the_lowest_selected_layer(models):
@@ -182,7 +211,7 @@ def test_double_precision_by_gradcheck():
     x = torch.randn(4, 6, dtype=torch.float64)
     for granularity in ("element", "column", "row"):
         support = random_units((5, 6), 1, granularity, share=0.5)
-        plan = gradients.make_plan(support, input_dim=1, device=torch.device("cpu"))
+        plan = gradients.make_plan(support, input_dim=1, positions=support.index.int())
 
         def layer(values, x, support=support, plan=plan):
             with torch.no_grad():
