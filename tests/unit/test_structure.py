@@ -27,7 +27,7 @@ LAYERS: list[set[str]] = [
     {"adapt"},
     {"report"},
     {"recipe"},
-    {"lifecycle", "designs"},
+    {"lifecycle", "designs", "delta_commands"},
     {"cli"},
     {"__main__"},
 ]
