@@ -27,6 +27,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from samara.adapt.config import FinetuneConfig
 from samara.config import Config, apply_overrides, load_yaml, merge, validate
 from samara.data.config import PrepareConfig
 from samara.errors import ConfigError, did_you_mean
@@ -57,6 +58,7 @@ VERBS: dict[str, Verb] = {
     "prepare": Verb(config=PrepareConfig, function="samara.data.prepare:prepare_verb"),
     "pretrain": Verb(config=PretrainConfig, function="samara.train.pretrain:pretrain"),
     "instruct": Verb(config=InstructConfig, function="samara.train.instruct:instruct"),
+    "finetune": Verb(config=FinetuneConfig, function="samara.adapt.finetune:finetune"),
     "evaluate": Verb(config=EvaluateConfig, function="samara.measure.evaluate:evaluate"),
     "report": Verb(config=ReportConfig, function="samara.report.report:report"),
 }
@@ -71,6 +73,8 @@ class StageConfig(Config):
     """Corpus in; checkpoint out."""
     instruct: InstructConfig | None = None
     """Model and conversations in; a model that answers out."""
+    finetune: FinetuneConfig | None = None
+    """Model and task in; a delta, an adapter or a model out."""
     evaluate: EvaluateConfig | None = None
     """Models in; scores with intervals out."""
     report: ReportConfig | None = None

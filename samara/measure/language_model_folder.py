@@ -53,9 +53,9 @@ def open_language_model(
     """
     folder = model_folder(path)
     where = _device(device)
-    with _quiet_transformers():
-        tokenizer = _load_tokenizer(folder)
-        model = _load_weights(folder, dtype=getattr(torch, precision)).to(where)
+    with quiet_transformers():
+        tokenizer = load_tokenizer(folder)
+        model = load_causal_model(folder, dtype=getattr(torch, precision)).to(where)
     return SavedLanguageModel(
         language_model=LanguageModel(model, tokenizer, batch_size=batch_size),
         folder=folder,
@@ -64,7 +64,7 @@ def open_language_model(
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No bars and hints while loading; what matters is checked here and raised."""
     level, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -85,7 +85,12 @@ def _device(name: Device) -> torch.device:
     return torch.device(name)
 
 
-def _load_weights(folder: Path, *, dtype: torch.dtype) -> Any:
+def load_causal_model(folder: Path, *, dtype: torch.dtype | None) -> Any:
+    """Load any causal language model, strictly; ``dtype`` None: as it is stored.
+
+    Raises:
+        CheckpointError: If the folder holds no complete model.
+    """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: holds no config.json, so it is no saved model")
     fields = read_json(folder / "config.json")
@@ -96,7 +101,7 @@ def _load_weights(folder: Path, *, dtype: torch.dtype) -> Any:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=dtype,
+            dtype=dtype or "auto",
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
@@ -114,7 +119,12 @@ def _load_weights(folder: Path, *, dtype: torch.dtype) -> Any:
     return model
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder.
+
+    Raises:
+        CheckpointError: If there is none that can be loaded.
+    """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give a folder with a saved model")
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
 from samara.sparse.support import TensorSupport
 
@@ -335,6 +336,19 @@ def _(
 
 def _exact(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+@register_flop_formula(torch.ops.samara.selected_entries)
+def _flops(left_shape: torch.Size, right_shape: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * left_shape.numel() * right_shape[1]
+
+
+@register_flop_formula(torch.ops.samara.selected_blocks)
+def _block_flops(
+    left_shape: torch.Size, right_shape: torch.Size, index_shape: torch.Size, *_: Any, **__: Any
+) -> int:
+    del right_shape
+    return 2 * left_shape[0] * index_shape[0]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ model's numbers, and each entry has its own count of steps, so that entries that
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -105,11 +105,20 @@ class SparseAdamW:
     Args:
         selected: By name; read anew at each step, so that it may grow.
         config: Betas, epsilon and weight decay.
+        grow: Selects the given positions too; called when a state of more entries is loaded. Left
+            out: such a state is refused.
     """
 
-    def __init__(self, selected: Mapping[str, Selected], config: SparseAdamWConfig) -> None:
+    def __init__(
+        self,
+        selected: Mapping[str, Selected],
+        config: SparseAdamWConfig,
+        *,
+        grow: Callable[[dict[str, Tensor]], None] | None = None,
+    ) -> None:
         self._selected = selected
         self._config = config
+        self._grow = grow
         self._lr = config.lr
 
     @property
@@ -202,6 +211,8 @@ class SparseAdamW:
         Raises:
             CheckpointError: If the state is of other entries; nothing is changed then.
         """
+        if self._grow is not None:
+            self._grow(support_of(state))
         self._check(state)
         for name, entry in self._selected.items():
             entry.values.copy_(state[f"{name}.{VALUES}"])

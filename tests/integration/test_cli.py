@@ -26,6 +26,7 @@ VERBS = [
     "prepare",
     "pretrain",
     "instruct",
+    "finetune",
     "evaluate",
     "report",
     "design",
