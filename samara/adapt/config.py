@@ -56,7 +56,7 @@ class FinetuneData(Config):
     validation: str | None = None
     """Rows for the validation loss. Left out: a fraction of the training rows."""
     validation_fraction: Fraction = 0.1
-    """Share of the training rows held out where there is no `validation`; a hash decides."""
+    """Share of the training rows held out where there is no `validation`; hashes decide."""
     sequence_length: PositiveInt = 256
     """Most tokens of a row. A longer one loses the beginning of its prompt, or its end."""
     num_workers: NonNegativeInt = 0
@@ -176,6 +176,9 @@ class FinetuneConfig(Config):
     training: FinetuneTraining
     checkpoint: FinetuneCheckpoints = FinetuneCheckpoints()
     logging: LoggingConfig = LoggingConfig()
+    folds: Annotated[int, Field(ge=2)] | None = None
+    """k-fold cross-validation, for small data: first k runs, each trained on all but a k-th of the
+    training rows and scored on that. Left out: none."""
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
     """Of the intervals of the scores."""
     evaluation_batch_size: PositiveInt = 16

@@ -18,9 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from samara.adapt.config import FinetuneData, LabelsConfig
-from samara.data.config import SplitConfig
 from samara.data.rows import Batch, Rows
-from samara.data.splits import split_of
 from samara.data.tokens import IGNORE_INDEX
 from samara.errors import ConfigError, DataError, did_you_mean
 from samara.measure.language_model import LanguageModel
@@ -59,19 +57,28 @@ def read_task_rows(config: FinetuneData) -> TaskRows:
         files["validation"] = hash_file(held_out)
         train, validation = rows, read_rows(held_out)
     else:
-        split = SplitConfig(validation_fraction=config.validation_fraction, test_fraction=0.0)
-        # By content, so that equal rows stay together.
-        places = [split_of(hash_json(dict(row.fields)), split) for row in rows]
-        train = [row for row, place in zip(rows, places, strict=True) if place == "train"]
-        validation = [row for row, place in zip(rows, places, strict=True) if place != "train"]
+        train, validation = _split(rows, config.validation_fraction)
         files["validation_fraction"] = str(config.validation_fraction)
-        if not train or not validation:
+        if not train:
             raise DataError(
-                f"data.validation_fraction: {config.validation_fraction} of the {len(rows)} rows "
-                f"of {path} leaves {len(train)} to train on, {len(validation)} to validate with; "
-                "give a file of validation rows, or another fraction"
+                f"{path}: holds one row {len(rows)} times, which is not enough to train on and to "
+                "validate with; give more rows, or a file of validation rows: data.validation"
             )
     return TaskRows(train=tuple(train), validation=tuple(validation), hash=hash_json(files))
+
+
+def _split(rows: Sequence[Row], fraction: float) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and to validate with, at least one; equal rows stay together.
+
+    Contents are ranked by their hashes: the same rows are split alike whatever their order, and a
+    small file gets its fraction exactly.
+    """
+    hashes = [hash_json(dict(row.fields)) for row in rows]
+    ranked = sorted(set(hashes))
+    held_out = set(ranked[: max(1, round(fraction * len(ranked)))])
+    pairs = list(zip(rows, hashes, strict=True))
+    train = [row for row, content in pairs if content not in held_out]
+    return train, [row for row, content in pairs if content in held_out]
 
 
 # --- answers --------------------------------------------------------------------------------------

@@ -9,16 +9,15 @@ The run folder gets
     task_items.jsonl       every scored row with what the model said
     lineage.json           what it was made from, and the compute spent
 
-and, by method: ``delta.safetensors`` (with ``support.safetensors`` and ``selection.json``, and
-``head.safetensors`` where the base has no such head), ``adapter/``, or ``model/``.
+with ``folds`` also ``folds/``, a run of its own for each; and, by method: ``delta.safetensors``
+(with ``support.safetensors`` and ``selection.json``, and ``head.safetensors`` where the base has no
+such head), ``adapter/``, or ``model/``.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from samara.adapt.config import FinetuneConfig, FullMethod, SparseMethod
+from samara.adapt.cross_validation import cross_validate
 from samara.adapt.data import TaskRows, read_task_rows
 from samara.adapt.methods import Adaptation, FullAdaptation, SparseAdaptation, provenance
 from samara.adapt.models import TaskModel, load_task_model
+from samara.adapt.results import RESULTS, scores, write_items
 from samara.adapt.tasks import Task, scored_file, task_labels
 from samara.data.loader import epoch_permutation, training_batches
 from samara.data.rows import Batch
@@ -47,7 +48,6 @@ from samara.runs import (
     hash_weights,
     read_json,
     write_json,
-    write_text,
 )
 from samara.sparse.auto import TrialRun
 from samara.sparse.calibration import Calibration
@@ -59,7 +59,7 @@ from samara.train.schedule import learning_rate
 from samara.train.sinks import Sink, open_sinks
 from samara.train.stop import StopSignal
 
-RESULTS, ITEMS, COSTS = "results.json", "task_items.jsonl", "costs.json"
+COSTS = "costs.json"
 
 
 def finetune(config: FinetuneConfig, run: RunFolder) -> None:
@@ -79,9 +79,10 @@ def finetune(config: FinetuneConfig, run: RunFolder) -> None:
             f"training: runs in one process, and {place.world_size} were started; start one"
         )
     try:
+        folds = None if config.folds is None else cross_validate(config, run, finetune)
         job = Job(config, run, place)
         job.train()
-        job.finish()
+        job.finish(folds)
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             f"{place.device.type} ran out of memory; lower training.micro_batch_size or "
@@ -258,7 +259,7 @@ class Job:
         path = self.run.path / COSTS
         if not (path.exists() and self.state.step):  # a support that grew would cost more by now
             write_json(path, {"schema": 1, "flops_per_token": self._flops_per_token()})
-        flops = read_json(path)["flops_per_token"]
+        flops = float(read_json(path)["flops_per_token"])
         return Costs(
             flops_per_token=flops,
             useful_flops_per_token=flops,
@@ -279,7 +280,7 @@ class Job:
             loss = self.task.objective(self.model, batch).loss
             torch.autograd.backward(loss)
         self.adaptation.updater.zero_grad()
-        return counter.get_total_flops() / batch["input_ids"].numel()
+        return float(counter.get_total_flops() / batch["input_ids"].numel())
 
     def _hooks(self, line: ProgressLine, sinks: list[Sink]) -> Hooks:
         def show(state: TrainingState, lr: float, update: Update) -> None:
@@ -321,15 +322,14 @@ class Job:
         with uncompiled(model):
             return self.task.score(model)
 
-    def finish(self) -> None:
-        """Score, export, and write what it cost."""
+    def finish(self, folds: dict[str, Any] | None = None) -> None:
+        """Score, export, and write what it cost, with what cross-validation found."""
         started = time.perf_counter()
         items = self._scored(self.model)
         seconds = time.perf_counter() - started
-        lines = [json.dumps(asdict(item), ensure_ascii=False) for item in items]
-        write_text(self.run.path / ITEMS, "".join(line + "\n" for line in lines))
-        scores = self.task.scores(items)
-        base = None if self.base_items is None else self.task.scores(self.base_items)
+        write_items(items, self.run.path)
+        found = scores(self.config, items)
+        base = None if self.base_items is None else scores(self.config, self.base_items)
         recipe = self.config.model_dump(mode="json")
         records = provenance(
             self.folder,
@@ -337,7 +337,7 @@ class Job:
             recipe=recipe,
             seed=self.config.seed,
             task=self.config.task.name,
-            scores=scores,
+            scores=found,
             base_scores=base,
             num_items=len(items),
         )
@@ -360,8 +360,9 @@ class Job:
                 "method": self.config.method.kind,
                 "init_from": str(self.folder.resolve()),
                 "labels": self.task.labels,
-                "scores": scores,
+                "scores": found,
                 "base_scores": base,
+                "cross_validation": folds,
                 "num_items": len(items),
                 "confidence": self.config.confidence,
                 **self._figures(written, scoring_seconds=seconds),
@@ -382,7 +383,7 @@ class Job:
             "tokens": state.tokens,
             "flops": state.flops,
             "seconds": {
-                "selection": adaptation.record.get("seconds", 0.0),
+                "selection": adaptation.preparation_seconds,
                 "training": state.seconds,
                 "scoring": scoring_seconds,
             },
@@ -393,6 +394,7 @@ class Job:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "storage_bytes": sum(sizes.values()),
             "artefacts": sizes,
+            "details": adaptation.details(),
             "device": self.place.device.type,
             "device_profile": self.profile.name,
         }

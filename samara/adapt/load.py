@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from samara.adapt.finetune import RESULTS
 from samara.adapt.methods import DELTA, HEAD
 from samara.adapt.models import TaskModel, load_task_model
 from samara.adapt.peft_methods import ADAPTER
+from samara.adapt.results import RESULTS
 from samara.errors import CheckpointError
 from samara.runs import read_json
 from samara.sparse.delta import Delta

@@ -26,6 +26,7 @@ from samara.sparse.calibration import Calibration
 from samara.sparse.delta import SelectedEntries, delta_from_entries
 from samara.sparse.delta_records import Evaluation, Provenance, Selector, Train
 from samara.sparse.expansion import Expansion
+from samara.sparse.memory import sparse_memory
 from samara.sparse.selection import select
 from samara.sparse.support import Support, TensorSupport
 from samara.sparse.tensor_bits import CODES
@@ -59,12 +60,11 @@ class Adaptation(Protocol):
 
     Attributes:
         model: What the loop trains.
-        updater: How.
-        record: What the results say about it.
+        preparation_seconds: Time spent before training: choosing what to train.
     """
 
     model: PreTrainedModel
-    record: dict[str, Any]
+    preparation_seconds: float
 
     @property
     def updater(self) -> Updater:
@@ -84,6 +84,10 @@ class Adaptation(Protocol):
     @property
     def optimizer_bytes(self) -> int:
         """Bytes that the update keeps, gradients left out."""
+        ...
+
+    def details(self) -> dict[str, Any]:
+        """What else the results say about it, as plain data."""
         ...
 
     def watch(self, losses: Sequence[float]) -> None:
@@ -106,7 +110,7 @@ class FullAdaptation:
         self.model, self._loaded = loaded.model, loaded
         self.model.requires_grad_(True)
         self._optimizer = Optimizer(self.model, method.optimizer)
-        self.record: dict[str, Any] = {}
+        self.preparation_seconds = 0.0
 
     @property
     def updater(self) -> Updater:
@@ -127,6 +131,10 @@ class FullAdaptation:
     def optimizer_bytes(self) -> int:
         """See :class:`Adaptation`."""
         return tensor_bytes(self._optimizer.state_dict().values())
+
+    def details(self) -> dict[str, Any]:
+        """See :class:`Adaptation`."""
+        return {}
 
     def watch(self, losses: Sequence[float]) -> None:
         """See :class:`Adaptation`: nothing depends on them."""
@@ -173,9 +181,10 @@ class SparseAdaptation:
         )
         if not (run.path / SUPPORT).exists():
             self._choose(run, trial)
-        self.record: dict[str, Any] = dict(read_json(run.path / SELECTION))
-        if self.record["auto"] is not None:
-            chosen = {"score": self.record["selection"]["score"], "exponents": None}
+        self._record: dict[str, Any] = dict(read_json(run.path / SELECTION))
+        self.preparation_seconds = float(self._record["seconds"])
+        if self._record["auto"] is not None:
+            chosen = {"score": self._record["selection"]["score"], "exponents": None}
             self._wanted = self._wanted.model_copy(update=chosen)
         support = Support.load(run.path / SUPPORT)
         self._files = CheckpointFiles(loaded.folder)
@@ -242,6 +251,26 @@ class SparseAdaptation:
         gradients = tensor_bytes(entry.values for entry in self._attachment.selected.values())
         return self._attachment.state_bytes - gradients
 
+    def details(self) -> dict[str, Any]:
+        """See :class:`Adaptation`: the score, the density reached, and the memory formula."""
+        weights = [entry.weight for entry in self._attachment.selected.values()]
+        formula = sparse_memory(
+            num_weights=sum(p.numel() for p in self.model.parameters()),
+            num_entries=self.num_trained,
+            weight_bytes=weights[0].element_size(),
+            largest_matrix=max(weight.numel() for weight in weights),
+        )
+        return {
+            "score": self._wanted.score,
+            "density": self.num_trained / self._record["selection"]["target_weights"],
+            "support_id": self._attachment.support.support_id,
+            "formula_bytes": {
+                "weights": formula.weights,
+                "state": formula.state,
+                "workspace": formula.workspace,
+            },
+        }
+
     def watch(self, losses: Sequence[float]) -> None:
         """See :class:`Adaptation`."""
         if self._method.expansion is not None:
@@ -304,7 +333,7 @@ class SparseAdaptation:
         return written
 
     def _selector(self) -> Selector:
-        wanted, record = self._wanted, self.record["selection"]
+        wanted, record = self._wanted, self._record["selection"]
         return Selector(
             score=wanted.score,
             exponents=wanted.exponents,
@@ -315,7 +344,7 @@ class SparseAdaptation:
             k_total=self.num_trained,
             n_samples=record["samples"],
             seed=self._seed,
-            auto_table=self.record["auto"],
+            auto_table=self._record["auto"],
         )
 
 

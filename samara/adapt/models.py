@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from samara.errors import CheckpointError
+from samara.errors import CheckpointError, ConfigError
 from samara.measure.language_model_folder import (
     load_causal_model,
     load_tokenizer,
@@ -53,14 +53,28 @@ def load_task_model(
 
     Raises:
         CheckpointError: If the folder holds no model of that kind with its tokenizer.
+        ConfigError: If the model is no causal one where the task needs one.
     """
     folder = model_folder(Path(init_from).expanduser())
     with quiet_transformers():
         tokenizer = load_tokenizer(folder)
         if labels is None:
             model = load_causal_model(folder, dtype=dtype)
+            _check_causal(model, folder)
             return TaskModel(model=model, tokenizer=tokenizer, folder=folder)
         return _with_head(folder, tokenizer, labels, dtype, seed)
+
+
+@torch.no_grad()
+def _check_causal(model: PreTrainedModel, folder: Path) -> None:
+    """Refuse a model whose first position sees the second: it cannot write an answer."""
+    model.train(False)
+    first_2v = model(input_ids=torch.tensor([[0, 0], [0, 1]])).logits[:, 0]
+    if not torch.allclose(first_2v[0], first_2v[1], rtol=1e-3, atol=1e-5):
+        raise ConfigError(
+            f"task.kind: needs a causal language model, and {folder} is an encoder; use labels, "
+            "with a head of its own"
+        )
 
 
 def _with_head(

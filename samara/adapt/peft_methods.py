@@ -53,7 +53,8 @@ class PeftAdaptation:
             raise ConfigError(f"method: peft refuses it: {error}") from error
         self.model: PreTrainedModel = self._peft.get_base_model()
         self._optimizer = Optimizer(self.model, method.optimizer)
-        self.record: dict[str, Any] = {"targets": targets}
+        self._targets = targets
+        self.preparation_seconds = 0.0
 
     @property
     def updater(self) -> Updater:
@@ -75,6 +76,10 @@ class PeftAdaptation:
     def optimizer_bytes(self) -> int:
         """See :class:`~samara.adapt.methods.Adaptation`."""
         return tensor_bytes(self._optimizer.state_dict().values())
+
+    def details(self) -> dict[str, Any]:
+        """See :class:`~samara.adapt.methods.Adaptation`."""
+        return {"targets": self._targets}
 
     def watch(self, losses: Sequence[float]) -> None:
         """See :class:`~samara.adapt.methods.Adaptation`: nothing depends on them."""

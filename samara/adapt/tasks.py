@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,14 @@ from samara.measure.language_model import LanguageModel
 from samara.measure.local_tasks import TaskSource, load_task
 from samara.measure.loss import evaluate_loss
 from samara.measure.task_examples import ExampleMaker
-from samara.measure.task_metrics import METRICS, Item, Resampling, metric_interval
+from samara.measure.task_metrics import Item
 from samara.measure.task_rows import read_rows
-from samara.measure.task_scoring import num_requests, score_task, task_metrics
+from samara.measure.task_scoring import num_requests, score_task
 from samara.measure.tasks_config import PromptedConfig
 from samara.progress import ProgressLine
 from samara.train.objective import CausalLM, Objective, Sums
 from samara.train.parallel import Precision, autocast
 
-LABEL_METRICS = ("accuracy", "macro_f1", "macro_precision", "macro_recall")
 SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Settings of models whose logits are not hidden state times matrix alone."""
 
@@ -170,22 +168,6 @@ class Task:
         total = num_requests(task.examples)
         with ProgressLine(task.name, total=total, unit="requests") as line:
             return score_task(task, asked, on_progress=line.update)
-
-    def scores(self, items: Sequence[Item]) -> dict[str, Any]:
-        """The scores of items with their intervals, the main one first."""
-        settings = self._config.task
-        names = LABEL_METRICS if self.labels is not None else task_metrics(settings)
-        how = Resampling(confidence=self._config.confidence, seed=self._config.seed)
-        found = {name: metric_interval(name, items, how) for name in names}
-        return {
-            name: {
-                "value": interval.value,
-                "low": interval.low,
-                "high": interval.high,
-                "better": METRICS[name].better,
-            }
-            for name, interval in found.items()
-        }
 
 
 def scored_file(config: FinetuneConfig) -> Path:

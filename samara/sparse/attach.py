@@ -71,9 +71,11 @@ class Attachment:
         self._model, self._path = model, gradient_path
         self._required = {name: p.requires_grad for name, p in model.named_parameters()}
         parameters = dict(model.named_parameters())
+        # In the order of the model, however the support came about: sums depend on it.
         self.selected = {
-            name: Selected(name, parameters[name], tensor)
-            for name, tensor in support.tensors.items()
+            name: Selected(name, parameters[name], support.tensors[name])
+            for name in parameters
+            if name in support.tensors
         }
         self.plans: dict[str, Plan | EmbeddingPlan] = {}
         self._removers: list[Callable[[], None]] = []
@@ -143,6 +145,9 @@ class Attachment:
                 self.selected[name].grow(tensor)
             else:
                 self.selected[name] = Selected(name, parameters[name], tensor)
+        ordered = {name: self.selected[name] for name in parameters if name in self.selected}
+        self.selected.clear()
+        self.selected.update(ordered)
         self._connect()
 
     def _connect(self) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from samara.data.rows import Batch
+from samara.sparse.top_k import top_k
 from samara.train.objective import Objective, count_targets
 from samara.train.parallel import Precision, autocast
 
@@ -99,7 +100,7 @@ class GradientSums:
         if keep >= scores.numel():
             return
         self._typical = self.typical_fisher
-        self.index = scores.flatten().topk(keep, sorted=False).indices.sort().values
+        self.index = top_k(scores, keep)
         self._sum, self._square_sum = self._sum[self.index], self._square_sum[self.index]
 
     def _dense(self, sums: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ model's numbers, and each entry has its own count of steps, so that entries that
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -28,8 +27,6 @@ from samara.sparse.support import TensorSupport
 
 INDEX, VALUES, MEAN, SQUARE, STEPS = "index", "values", "exp_avg", "exp_avg_sq", "step"
 KEYS = (INDEX, VALUES, MEAN, SQUARE, STEPS)
-
-log = logging.getLogger(__name__)
 
 
 class Selected:

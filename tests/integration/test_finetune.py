@@ -22,9 +22,11 @@ from transformers import (
 
 from samara.adapt import finetune as module
 from samara.adapt.config import FinetuneConfig
+from samara.adapt.data import EncodedAnswer, _cut, read_task_rows
 from samara.adapt.finetune import finetune
 from samara.adapt.load import load_finetuned
-from samara.adapt.tasks import causal_objective
+from samara.adapt.models import load_task_model
+from samara.adapt.tasks import Task, causal_objective
 from samara.config import validate
 from samara.errors import CheckpointError, ConfigError, DataError
 from samara.model.config import ModelConfig
@@ -208,9 +210,9 @@ def test_what_is_saved_is_what_was_trained(
 ) -> None:
     trained: dict[str, Any] = {}
 
-    def remember(job: module.Job) -> None:
+    def remember(job: module.Job, folds: None) -> None:
         trained.update(model=job.model, task=job.task, adaptation=job.adaptation)
-        finish(job)
+        finish(job, folds)
 
     finish = module.Job.finish
     monkeypatch.setattr(module.Job, "finish", remember)
@@ -371,12 +373,9 @@ def test_what_does_not_fit_is_said_in_a_line(
     with pytest.raises(ConfigError, match=r"needs training\.evaluate_every_steps"):
         settings(llama, rows, "question", GROWING, training={"evaluate_every_steps": None})
     config = settings(llama, rows, "question", SPARSE)
-    alone = config.data.model_copy(update={"validation_fraction": 1e-9})
-    fails(
-        DataError,
-        r"data\.validation_fraction: .* leaves 30 to train on, 0 to validate with",
-        config.model_copy(update={"data": alone}),
-    )
+    (tmp_path / "one.jsonl").write_text((rows / "train.jsonl").read_text().splitlines()[0] + "\n")
+    alone = config.data.model_copy(update={"train": str(tmp_path / "one.jsonl")})
+    fails(DataError, "holds one row 1 times", config.model_copy(update={"data": alone}))
     missing = config.data.model_copy(update={"train": str(rows / "none.jsonl")})
     fails(DataError, "no such file", config.model_copy(update={"data": missing}))
     labels = settings(llama, rows, "labels", SPARSE)
@@ -390,8 +389,8 @@ def test_what_does_not_fit_is_said_in_a_line(
         settings(bases["gpt2"], rows, "question", METHODS["shira"]),
     )
     fails(
-        CheckpointError,
-        "lacks .* tensor|cannot be loaded by transformers",
+        ConfigError,
+        r"task\.kind: needs a causal language model, and .*bert is an encoder; use labels",
         settings(bases["bert"], rows, "question", SPARSE),
     )
     with pytest.raises(
@@ -416,3 +415,60 @@ def test_logits_that_are_scaled_are_not_taken_for_plain_products() -> None:
     assert type(causal_objective(plain)).__name__ == "CausalLM"
     plain.config.final_logit_softcapping = 30.0
     assert type(causal_objective(plain)).__name__ == "CausalLMByLogits"
+
+
+def test_folds_score_every_row_by_a_model_that_did_not_see_it(
+    bases: dict[str, Path], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(bases["llama"], rows, "labels", SPARSE, training={"max_steps": 2}, folds=3)
+    results = run_one(config, tmp_path / "run")
+    found = results["cross_validation"]
+    assert found["num_items"] == 30
+    assert len(found["scores_by_fold"]) == 3
+    seen = []
+    for fold in range(3):
+        folder = tmp_path / "run" / "folds" / str(fold)
+        train, scored = (
+            {json.loads(line)["id"] for line in (folder / name).read_text().splitlines()}
+            for name in ("train.jsonl", "scored.jsonl")
+        )
+        assert not train & scored
+        assert len(train | scored) == 30
+        seen += sorted(scored)
+        assert read_json(folder / "results.json")["cross_validation"] is None
+    assert len(set(seen)) == len(seen) == 30
+    pooled = found["scores"]["accuracy"]
+    assert pooled["low"] <= pooled["value"] <= pooled["high"]
+    # A finished fold is not run again.
+    finished = (tmp_path / "run" / "folds" / "0" / "results.json").stat().st_mtime_ns
+    assert run_one(config, tmp_path / "run")["cross_validation"] == found
+    assert (tmp_path / "run" / "folds" / "0" / "results.json").stat().st_mtime_ns == finished
+    many = config.model_copy(update={"folds": 31})
+    with pytest.raises(DataError, match="holds 30 different rows, fewer than 31 folds"):
+        run_one(many, tmp_path / "many")
+
+
+def test_a_row_that_is_too_long_loses_the_beginning_of_its_prompt() -> None:
+    assert _cut([1, 2, 3, 4], [5, 6], limit=4) == EncodedAnswer(
+        prompt=(3, 4), answer=(5, 6), is_cut=True
+    )
+    assert _cut([1, 2], [3, 4, 5, 6], limit=3) == EncodedAnswer(
+        prompt=(2,), answer=(3, 4), is_cut=True
+    )
+    assert _cut([1, 2], [3], limit=3) == EncodedAnswer(prompt=(1, 2), answer=(3,), is_cut=False)
+
+
+def test_only_the_answer_and_its_end_mark_are_targets(bases: dict[str, Path], rows: Path) -> None:
+    config = settings(bases["llama"], rows, "question", SPARSE)
+    loaded = load_task_model(bases["llama"], labels=None, dtype=None, seed=0)
+    task = Task(config, read_task_rows(config.data), loaded.model, loaded.tokenizer)
+    batch = task.train.batch([0, 1])
+    counted = batch["targets"][0][batch["targets"][0] >= 0]
+    assert loaded.tokenizer.convert_ids_to_tokens(counted.tolist())[1:] == ["</s>"]
+    last = int((batch["targets"][0] >= 0).nonzero()[0])
+    assert loaded.tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())[:3] == [
+        "<s>",
+        "what",
+        "is",
+    ]
+    assert batch["input_ids"][0, last] == VOCABULARY["?"]
