@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 
@@ -150,8 +151,9 @@ def live_bytes():
         if type(item) in (torch.Tensor, torch.nn.Parameter):
             for tensor in (item, item.grad if item.is_leaf else None):
                 if tensor is not None:
-                    storage = tensor.untyped_storage()
-                    storages[storage.data_ptr()] = storage.nbytes()
+                    with contextlib.suppress(RuntimeError):  # a compiler's tensors have no data
+                        storage = tensor.untyped_storage()
+                        storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 
