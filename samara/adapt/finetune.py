@@ -51,6 +51,7 @@ from samara.runs import (
 )
 from samara.sparse.auto import TrialRun
 from samara.sparse.calibration import Calibration
+from samara.sparse.delta_records import Cost
 from samara.train.checkpoint import Checkpoints, TrainingState, sweep
 from samara.train.loop import Costs, Hooks, Record, Update, train
 from samara.train.memory import PeakMemory
@@ -340,6 +341,11 @@ class Job:
             scores=found,
             base_scores=base,
             num_items=len(items),
+            cost=Cost(
+                selection_hours=self.adaptation.preparation_seconds / 3600,
+                training_hours=self.state.seconds / 3600,
+                evaluation_hours=seconds / 3600,
+            ),
         )
         written = self.adaptation.export(self.run, records)
         cost = estimated_cost(self.profile, seconds=self.state.seconds)

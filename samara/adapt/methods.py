@@ -19,12 +19,20 @@ from samara.adapt.config import FullMethod, SparseMethod
 from samara.adapt.models import TaskModel
 from samara.errors import CheckpointError
 from samara.model.disk_errors import disk_errors
-from samara.runs import RunFolder, hash_file, new_folder, read_json, write_bytes, write_json
+from samara.runs import (
+    RunFolder,
+    environment,
+    hash_file,
+    new_folder,
+    read_json,
+    write_bytes,
+    write_json,
+)
 from samara.sparse.attach import Attachment
 from samara.sparse.auto import TrialRun, choose_score
 from samara.sparse.calibration import Calibration
 from samara.sparse.delta import SelectedEntries, delta_from_entries
-from samara.sparse.delta_records import Evaluation, Provenance, Selector, Train
+from samara.sparse.delta_records import Cost, Evaluation, Provenance, Selector, Train
 from samara.sparse.expansion import Expansion
 from samara.sparse.memory import sparse_memory
 from samara.sparse.selection import select
@@ -372,12 +380,21 @@ def provenance(
     scores: Mapping[str, Mapping[str, Any]],
     base_scores: Mapping[str, Mapping[str, Any]] | None,
     num_items: int,
+    cost: Cost,
 ) -> Provenance:
     """What a delta file says about where it came from."""
+    made_by = environment()
     return Provenance(
         model_id=folder.name,
         config_sha256=hash_file(folder / "config.json"),
-        train=Train(data_sha256=data_hash, recipe=recipe, seed=seed),
+        train=Train(
+            data_sha256=data_hash,
+            recipe=recipe,
+            seed=seed,
+            code_commit=made_by["commit"],
+            environment=made_by,
+            cost=cost,
+        ),
         eval=[
             Evaluation(
                 task=task,

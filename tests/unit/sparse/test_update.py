@@ -258,10 +258,11 @@ def test_entries_that_join_later_update_as_if_they_began_then(models):
         p: torch.optim.AdamW([v], lr=LR, betas=BETAS, weight_decay=0.0)
         for p, v in references.items()
     }
-    updater = SparseAdamW({"weight": entry}, settings())
+    selected = {"weight": entry}
+    updater = SparseAdamW(selected, settings())
     for step in range(6):
         if step == 3:
-            entry.grow(new)
+            entry = selected["weight"] = entry.grown(new)
         grads = torch.randn(4)
         entry.values.grad = grads[entry.support.index]
         updater.set_lr(LR)
