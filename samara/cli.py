@@ -119,6 +119,17 @@ def instruct(
 
 
 @app.command()
+def finetune(
+    recipe: RecipeArgument, overrides: Overrides = None, out: Out = None, dry_run: DryRun = False
+) -> None:
+    """Adapt a model to a task: few weights (a delta file), an adapter, or all; resumes by itself.
+
+    Example: samara finetune recipes/finetune.yaml method.selection.density=small
+    """
+    _work(recipe, overrides, out, verb="finetune", dry_run=dry_run)
+
+
+@app.command()
 def evaluate(
     targets: Annotated[
         list[str],

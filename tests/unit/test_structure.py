@@ -25,6 +25,7 @@ LAYERS: list[set[str]] = [
     {"measure"},
     {"train"},
     {"growth", "sparse"},
+    {"adapt"},
     {"report"},
     {"recipe"},
     {"lifecycle", "designs", "delta_commands", "registry_commands"},
