@@ -13,7 +13,7 @@ RUN_ENV := OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 .PHONY: demo test test-export test-postgres lint types format venv venv-dev clean help
 
 help:
-	@echo "make demo    set up, then pretrain, evaluate and report three small models"
+	@echo "make demo    set up, then pretrain, grow, adapt, release and report small models"
 	@echo "make test    set up, then run the test suite     make test-export  the peers' runtimes"
 	@echo "make test-postgres  the registry on a PostgreSQL of its own, where one is installed"
 	@echo "make lint    ruff        make types   mypy        make format  ruff format"
@@ -57,7 +57,7 @@ venv-dev: .venv/installed-dev
 	$(PYTHON) -m venv .venv
 
 .venv/installed: .venv/bin/python pyproject.toml constraints.txt
-	$(PIP_INSTALL) -e .
+	$(PIP_INSTALL) -e '.[demo]'
 	@touch $@
 
 .venv/installed-dev: .venv/installed

@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("run", type=Path, help="the folder of a finished run with an evaluation")
     parser.add_argument("--json", type=Path, metavar="FILE", required=True, help="where to")
     options = parser.parse_args(arguments)
-    found = sorted(options.run.glob("*/results.json"))
+    found = [p for p in sorted(options.run.glob("*/results.json")) if "models" in read_json(p)]
     if len(found) != 1:
         parser.error(f"{options.run}: holds {len(found)} evaluations, one is needed")
     evaluation = found[0].parent

@@ -130,6 +130,17 @@ def finetune(
 
 
 @app.command()
+def release(
+    recipe: RecipeArgument, overrides: Overrides = None, out: Out = None, dry_run: DryRun = False
+) -> None:
+    """Register runs as versions of a line, promote them through gates, roll back; resumes.
+
+    Example: samara release my-release.yaml --out runs/release
+    """
+    _work(recipe, overrides, out, verb="release", dry_run=dry_run)
+
+
+@app.command()
 def evaluate(
     targets: Annotated[
         list[str],

@@ -34,6 +34,7 @@ from samara.data.config import PrepareConfig
 from samara.errors import ConfigError, did_you_mean
 from samara.growth.config import GrowConfig
 from samara.measure.config import EvaluateConfig
+from samara.release.config import ReleaseConfig
 from samara.report.config import ReportConfig
 from samara.runs import RunFolder, hash_json
 from samara.train.config import InstructConfig, PretrainConfig
@@ -62,6 +63,7 @@ VERBS: dict[str, Verb] = {
     "grow": Verb(config=GrowConfig, function="samara.growth.grow:grow_verb"),
     "instruct": Verb(config=InstructConfig, function="samara.train.instruct:instruct"),
     "finetune": Verb(config=FinetuneConfig, function="samara.adapt.finetune:finetune"),
+    "release": Verb(config=ReleaseConfig, function="samara.release.release:release"),
     "evaluate": Verb(config=EvaluateConfig, function="samara.measure.evaluate:evaluate"),
     "report": Verb(config=ReportConfig, function="samara.report.report:report"),
 }
@@ -80,6 +82,8 @@ class StageConfig(Config):
     """Model and conversations in; a model that answers out."""
     finetune: FinetuneConfig | None = None
     """Model and task in; a delta, an adapter or a model out."""
+    release: ReleaseConfig | None = None
+    """Runs in; versions in a registry out, promoted through gates."""
     evaluate: EvaluateConfig | None = None
     """Models in; scores with intervals out."""
     report: ReportConfig | None = None

@@ -5,17 +5,16 @@ Everything heavy is imported by the command that needs it.
 
 from __future__ import annotations
 
-import getpass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from samara.errors import ConfigError, RegistryError
+from samara.registry.access import acting, open_registry, read_evidence
 
 if TYPE_CHECKING:
-    from samara.registry.records import Description, Evidence
-    from samara.registry.registry import Registry
+    from samara.registry.records import Description
 
 app = typer.Typer(
     help="Versions of models and deltas: kept, promoted through gates, rolled back.",
@@ -62,8 +61,10 @@ def add(
     Example: samara registry add assistant summaries.sdelta --parent stable
     """
     description = _describe(source, note)
-    opened = _open(registry, catalogue)
-    version = opened.add(line, source, description, actor=_actor(by), parents=parent or ())
+    opened = open_registry(registry, catalogue)
+    version = opened.add(
+        line, source, description, actor=acting(by, key="--by"), parents=parent or ()
+    )
     typer.echo(f"{version.name}: {version.kind} {version.identity[:12]}")
     if description.license.redistribution in ("unknown", "internal"):
         typer.echo(
@@ -72,7 +73,9 @@ def add(
             err=True,
         )
     if evidence is not None:
-        opened.add_evidence(line, str(version.number), _evidence(evidence), actor=_actor(by))
+        opened.add_evidence(
+            line, str(version.number), read_evidence(evidence), actor=acting(by, key="--by")
+        )
 
 
 @app.command("list")
@@ -85,7 +88,7 @@ def list_(
 
     Example: samara registry list assistant
     """
-    opened = _open(registry, catalogue)
+    opened = open_registry(registry, catalogue)
     names: dict[int, list[str]] = {}
     for alias in opened.aliases(line):
         names.setdefault(alias.version.id, []).append(alias.name)
@@ -107,7 +110,7 @@ def show(
     """
     from samara.registry.version_text import describe_version
 
-    opened = _open(registry, catalogue)
+    opened = open_registry(registry, catalogue)
     typer.echo(describe_version(opened, opened.resolve(*_split(version))))
 
 
@@ -122,7 +125,7 @@ def fetch(
 
     Example: samara registry fetch assistant:stable assistant
     """
-    found = _open(registry, catalogue).fetch(*_split(version), out)
+    found = open_registry(registry, catalogue).fetch(*_split(version), out)
     typer.echo(f"{out}: {found.name}")
 
 
@@ -154,15 +157,15 @@ def promote(
     from samara.registry.config import Gates
 
     rules = validate(Gates, load_yaml(gates), path=str(gates)) if gates else None
-    opened = _open(registry, catalogue)
+    opened = open_registry(registry, catalogue)
     from samara.registry.registry import Override
 
     override = Override(name=override_by, reason=reason) if override_by and reason else None
     line, reference = _split(version)
     if evidence is not None:
-        opened.add_evidence(line, reference, _evidence(evidence), actor=_actor(by))
+        opened.add_evidence(line, reference, read_evidence(evidence), actor=acting(by, key="--by"))
     moved = opened.promote(
-        line, reference, alias=alias, actor=_actor(by), gates=rules, override=override
+        line, reference, alias=alias, actor=acting(by, key="--by"), gates=rules, override=override
     )
     before = f" (was {moved.previous.number})" if moved.previous else ""
     typer.echo(f"{line}: {alias} is version {moved.version.number}{before}")
@@ -184,8 +187,8 @@ def rollback(
 
     Example: samara registry rollback assistant --reason "answers in the wrong language"
     """
-    opened = _open(registry, catalogue)
-    moved = opened.rollback(line, alias=alias, actor=_actor(by), reason=reason, to=to)
+    opened = open_registry(registry, catalogue)
+    moved = opened.rollback(line, alias=alias, actor=acting(by, key="--by"), reason=reason, to=to)
     assert moved.previous is not None
     typer.echo(f"{line}: {alias} is version {moved.version.number} (was {moved.previous.number})")
 
@@ -202,7 +205,7 @@ def log(
     """
     from samara.registry.version_text import describe_entry
 
-    for entry in _open(registry, catalogue).log(line):
+    for entry in open_registry(registry, catalogue).log(line):
         typer.echo(describe_entry(entry))
 
 
@@ -222,10 +225,12 @@ def gc(
 
     Example: samara registry gc --drop-older-than-days 90
     """
-    opened = _open(registry, catalogue)
+    opened = open_registry(registry, catalogue)
     from samara.registry.upkeep import collect_garbage
 
-    swept = collect_garbage(opened, actor=_actor(by), drop_older_than_days=drop_older_than_days)
+    swept = collect_garbage(
+        opened, actor=acting(by, key="--by"), drop_older_than_days=drop_older_than_days
+    )
     for version in swept.versions:
         typer.echo(f"{version.name}: files dropped")
     typer.echo(f"{swept.num_objects} objects removed, {swept.num_bytes:,} bytes")
@@ -241,7 +246,7 @@ def verify(
 
     Example: samara registry verify --full
     """
-    opened = _open(registry, catalogue)
+    opened = open_registry(registry, catalogue)
     from samara.registry import upkeep
 
     problems = upkeep.verify(opened, full=full)
@@ -252,35 +257,10 @@ def verify(
     )
 
 
-def _open(location: str, catalogue: str | None) -> Registry:
-    try:
-        from samara.registry.registry import Registry
-    except ModuleNotFoundError as error:
-        if error.name not in ("sqlalchemy", "fsspec"):
-            raise
-        raise RegistryError(
-            f"registry: needs {error.name}; install it with `pip install 'samara[registry]'`"
-        ) from None
-    return Registry.open(location, catalogue_url=catalogue)
-
-
 def _describe(source: Path, note: str | None) -> Description:
-    from samara.registry.artifacts import describe_folder
+    from samara.release.artifacts import describe
 
-    if source.suffix == ".sdelta":
-        from samara.sparse.delta_artifact import describe_delta_file
-
-        description = describe_delta_file(source)
-    else:
-        description = describe_folder(source)
-    return description.model_copy(update={"note": note})
-
-
-def _evidence(path: Path) -> Evidence:
-    from samara.config import load_yaml, validate
-    from samara.registry.records import Evidence
-
-    return validate(Evidence, load_yaml(path), path=str(path))
+    return describe(source).model_copy(update={"note": note})
 
 
 def _split(text: str) -> tuple[str, str]:
@@ -288,10 +268,3 @@ def _split(text: str) -> tuple[str, str]:
     if not colon or not line or not reference:
         raise ConfigError(f"{text}: give LINE:VERSION, such as assistant:stable or assistant:3")
     return line, reference
-
-
-def _actor(name: str | None) -> str:
-    try:
-        return name or getpass.getuser()
-    except OSError:  # a container's user without a name
-        raise ConfigError("--by: the user logged in has no name; give one") from None

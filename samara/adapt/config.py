@@ -35,6 +35,19 @@ class LabelsConfig(TaskConfig):
     """The field with the label."""
     labels: tuple[str, ...] | None = None
     """All labels, in the order of the head's outputs. Left out: those of the data, sorted."""
+    max_labels: Annotated[int, Field(ge=2)] | None = None
+    """Keep this many labels: the most frequent of the training rows. Left out: all."""
+    other_labels: Literal["refuse", "leave_out"] = "refuse"
+    """Rows with none of these labels, such as one that training never saw: `refuse` is an error,
+    `leave_out` neither trains on them nor scores them, and records how many they were."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.max_labels is not None and self.labels is not None:
+            raise ConfigError("max_labels: chooses among labels, and labels names them; give one")
+        if self.max_labels is not None and self.other_labels == "refuse":
+            raise ConfigError("max_labels: leaves rows out; say so with other_labels: leave_out")
+        return self
 
 
 TaskSettings = Annotated[
@@ -53,6 +66,9 @@ class FinetuneData(Config):
 
     train: str
     """Rows to train on: .jsonl, .csv or .tsv, each also with .gz; fields as the task reads them."""
+    max_rows: PositiveInt | None = None
+    """Use this many of the training rows, those held out of them included; hashes choose them,
+    whatever their order. Left out: all."""
     validation: str | None = None
     """Rows for the validation loss. Left out: a fraction of the training rows."""
     validation_fraction: Fraction = 0.1

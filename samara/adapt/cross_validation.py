@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from samara.adapt.config import FinetuneConfig
+from samara.adapt.config import FinetuneConfig, LabelsConfig
+from samara.adapt.data import find_labels, read_training_rows
 from samara.adapt.results import RESULTS, read_items, scores
 from samara.errors import DataError
-from samara.measure.task_rows import Row, read_rows
+from samara.measure.task_rows import Row
 from samara.runs import RunFolder, hash_json, read_json, write_text
 
 Verb = Callable[[FinetuneConfig, RunFolder], None]
@@ -44,13 +44,12 @@ def cross_validate(config: FinetuneConfig, run: RunFolder, verb: Verb) -> dict[s
         And what the verb raises.
     """
     assert config.folds is not None
-    path = Path(config.data.train).expanduser()
-    rows = read_rows(path)
+    rows = read_training_rows(config)
     places = fold_of_rows(rows, config.folds)
     if len(set(places)) < config.folds:
         raise DataError(
-            f"folds: {path} holds {len(set(places))} different rows, fewer than {config.folds} "
-            "folds; take fewer folds"
+            f"folds: {config.data.train} holds {len(set(places))} different rows, fewer than "
+            f"{config.folds} folds; take fewer folds"
         )
     pooled, by_fold = [], []
     for fold in range(config.folds):
@@ -78,6 +77,10 @@ def _fold_config(
         own = [row for row, p in zip(rows, places, strict=True) if (p == fold) == is_held_out]
         lines = [json.dumps(dict(row.fields), ensure_ascii=False) + "\n" for row in own]
         write_text(part.path / f"{name}.jsonl", "".join(lines))
-    data = config.data.model_copy(update={"train": str(part.path / "train.jsonl")})
-    task = config.task.model_copy(update={"data": str(part.path / "scored.jsonl")})
+    train = {"train": str(part.path / "train.jsonl"), "max_rows": None}
+    scored: dict[str, Any] = {"data": str(part.path / "scored.jsonl"), "limit": None}
+    if isinstance(config.task, LabelsConfig):  # the same head in every fold
+        scored |= {"labels": find_labels(config.task, rows), "max_labels": None}
+    data = config.data.model_copy(update=train)
+    task = config.task.model_copy(update=scored)
     return config.model_copy(update={"data": data, "task": task, "folds": None})

@@ -10,6 +10,7 @@ Shapes: b rows, t positions.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from samara.adapt.config import FinetuneData, LabelsConfig
+from samara.adapt.config import FinetuneConfig, LabelsConfig
 from samara.data.rows import Batch, Rows
 from samara.data.tokens import IGNORE_INDEX
 from samara.errors import ConfigError, DataError, did_you_mean
 from samara.measure.language_model import LanguageModel
 from samara.measure.task_examples import ChoiceExample, ExampleMaker, TextExample, WrittenExample
-from samara.measure.task_rows import Row, as_text, fill, read_rows
+from samara.measure.task_rows import Row, as_text, fill, read_task
 from samara.measure.tasks_config import TaskConfig
 from samara.runs import hash_file, hash_json
 
@@ -43,28 +44,51 @@ class TaskRows:
     hash: str
 
 
-def read_task_rows(config: FinetuneData) -> TaskRows:
+def read_task_rows(config: FinetuneConfig) -> TaskRows:
     """Read and split.
 
     Raises:
         DataError: If a file is missing or malformed, or a split is left without rows.
     """
-    path = Path(config.train).expanduser()
-    rows = read_rows(path)
-    files = {"train": hash_file(path)}
-    if config.validation is not None:
-        held_out = Path(config.validation).expanduser()
-        files["validation"] = hash_file(held_out)
-        train, validation = rows, read_rows(held_out)
+    data = config.data
+    path = Path(data.train).expanduser()
+    rows = read_training_rows(config)
+    origin = {
+        "train": hash_file(path),
+        "max_rows": str(data.max_rows),
+        "split_first_line": str(config.task.split_first_line),
+    }
+    if data.validation is not None:
+        held_out = Path(data.validation).expanduser()
+        origin["validation"] = hash_file(held_out)
+        train, validation = rows, read_task(held_out, config.task)
     else:
-        train, validation = _split(rows, config.validation_fraction)
-        files["validation_fraction"] = str(config.validation_fraction)
+        train, validation = _split(rows, data.validation_fraction)
+        origin["validation_fraction"] = str(data.validation_fraction)
         if not train:
             raise DataError(
                 f"{path}: holds one row {len(rows)} times, which is not enough to train on and to "
                 "validate with; give more rows, or a file of validation rows: data.validation"
             )
-    return TaskRows(train=tuple(train), validation=tuple(validation), hash=hash_json(files))
+    return TaskRows(train=tuple(train), validation=tuple(validation), hash=hash_json(origin))
+
+
+def read_training_rows(config: FinetuneConfig) -> list[Row]:
+    """The rows to train on before any are held out, in the order of the file.
+
+    Raises:
+        DataError: If the file is missing or malformed.
+    """
+    rows = read_task(Path(config.data.train).expanduser(), config.task)
+    most = config.data.max_rows
+    if most is None or most >= len(rows):
+        return rows
+    ranked = sorted(range(len(rows)), key=lambda place: (_content(rows[place]), place))
+    return [rows[place] for place in sorted(ranked[:most])]
+
+
+def _content(row: Row) -> str:
+    return hash_json(dict(row.fields))
 
 
 def _split(rows: Sequence[Row], fraction: float) -> tuple[list[Row], list[Row]]:
@@ -73,7 +97,7 @@ def _split(rows: Sequence[Row], fraction: float) -> tuple[list[Row], list[Row]]:
     Contents are ranked by their hashes: the same rows are split alike whatever their order, and a
     small file gets its fraction exactly.
     """
-    hashes = [hash_json(dict(row.fields)) for row in rows]
+    hashes = [_content(row) for row in rows]
     ranked = sorted(set(hashes))
     held_out = set(ranked[: max(1, round(fraction * len(ranked)))])
     pairs = list(zip(rows, hashes, strict=True))
@@ -257,12 +281,37 @@ def find_labels(config: LabelsConfig, rows: Sequence[Row]) -> tuple[str, ...]:
         ConfigError: If there are fewer than two, or one is named twice.
         DataError: If a row has none.
     """
-    found = config.labels or tuple(sorted({_label(row, config) for row in rows}))
+    found = config.labels or _labels_of(rows, config)
     if len(found) < 2 or len(set(found)) < len(found):
         raise ConfigError(
             f"task.labels: a classification needs two different labels or more, got {list(found)}"
         )
     return found
+
+
+def _labels_of(rows: Sequence[Row], config: LabelsConfig) -> tuple[str, ...]:
+    """The most frequent labels, sorted; of equally frequent ones the first by name."""
+    counts = Counter(_label(row, config) for row in rows)
+    ranked = sorted(counts, key=lambda label: (-counts[label], label))
+    return tuple(sorted(ranked[: config.max_labels]))
+
+
+def with_labels(rows: Sequence[Row], config: LabelsConfig, labels: Sequence[str]) -> list[Row]:
+    """The rows to work with: all, or those of the labels where the task leaves others out.
+
+    Raises:
+        DataError: If a row has no label, or none is left.
+    """
+    if config.other_labels == "refuse":
+        return list(rows)
+    known = set(labels)
+    kept = [row for row in rows if _label(row, config) in known]
+    if not kept:
+        raise DataError(
+            f"{rows[0].path}: no row has one of the {len(known)} labels, and task.other_labels "
+            "leaves out the rest"
+        )
+    return kept
 
 
 def _label(row: Row, config: LabelsConfig) -> str:
@@ -276,7 +325,8 @@ def _position(row: Row, config: LabelsConfig, labels: Sequence[str]) -> int:
     label = _label(row, config)
     if label not in labels:
         raise DataError(
-            f"{row.origin}: label '{label}' is none of the task's{did_you_mean(label, labels)}"
+            f"{row.origin}: label '{label}' is none of the task's{did_you_mean(label, labels)}; "
+            "name it in task.labels, or leave such rows out with task.other_labels: leave_out"
         )
     return labels.index(label)
 

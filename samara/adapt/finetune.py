@@ -96,7 +96,7 @@ class Job:
 
     def __init__(self, config: FinetuneConfig, run: RunFolder, place: Place) -> None:
         self.config, self.run, self.place = config, run, place
-        rows = read_task_rows(config.data)
+        rows = read_task_rows(config)
         loaded = self._load(rows)
         self.memory = PeakMemory(place.device)
         self.task = Task(config, rows, loaded.model, loaded.tokenizer)
@@ -152,6 +152,7 @@ class Job:
             "hash": rows.hash,
             "train": {"rows": len(self.task.train), "cut": self.task.train.num_cut},
             "validation": {"rows": len(self.task.validation), "cut": self.task.validation.num_cut},
+            "left_out": self.task.left_out,
         }
 
     def _adapt(self, loaded: TaskModel) -> Adaptation:
@@ -370,6 +371,7 @@ class Job:
                 "base_scores": base,
                 "cross_validation": folds,
                 "num_items": len(items),
+                "left_out": self.task.left_out.get("scored", 0),
                 "confidence": self.config.confidence,
                 **self._figures(written, scoring_seconds=seconds),
                 "energy_kwh": cost.energy_kwh,

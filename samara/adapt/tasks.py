@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from samara.adapt.config import FinetuneConfig, LabelsConfig
-from samara.adapt.data import AnswerRows, LabelRows, TaskRows, find_labels
+from samara.adapt.data import AnswerRows, LabelRows, TaskRows, find_labels, with_labels
 from samara.data.loader import evaluation_batches
 from samara.data.rows import Batch, Rows
 from samara.data.tokens import IGNORE_INDEX
@@ -21,7 +21,7 @@ from samara.measure.local_tasks import TaskSource, load_task
 from samara.measure.loss import evaluate_loss
 from samara.measure.task_examples import ExampleMaker
 from samara.measure.task_metrics import Item
-from samara.measure.task_rows import read_rows
+from samara.measure.task_rows import read_task, spread
 from samara.measure.task_scoring import num_requests, score_task
 from samara.measure.tasks_config import PromptedConfig
 from samara.progress import ProgressLine
@@ -74,6 +74,7 @@ class Task:
         train: Training rows.
         validation: Rows of the validation loss.
         scored: Rows scored at the end, of a task with a head.
+        left_out: Of a task with a head: rows of other labels, by what they were meant for.
     """
 
     def __init__(
@@ -91,15 +92,22 @@ class Task:
         self._config, self._tokenizer = config, tokenizer
         self.labels = task_labels(config, rows)
         self.scored: LabelRows | None = None
+        self.left_out: dict[str, int] = {}
         settings, length = config.task, config.data.sequence_length
         self.train: AnswerRows | LabelRows
         self.validation: AnswerRows | LabelRows
         if isinstance(settings, LabelsConfig):
             assert self.labels is not None
             self.objective: Objective = LabelLoss()
+            scored = read_task(scored_file(config), settings)
+            own = {"train": rows.train, "validation": rows.validation, "scored": scored}
+            kept = {name: with_labels(own[name], settings, self.labels) for name in own}
+            self.left_out = {name: len(own[name]) - len(kept[name]) for name in own}
+            places = spread(len(kept["scored"]), settings.limit)
+            kept["scored"] = [kept["scored"][place] for place in places]
             self.train, self.validation, self.scored = (
-                LabelRows(own, settings, self.labels, tokenizer, sequence_length=length)
-                for own in (rows.train, rows.validation, read_rows(scored_file(config)))
+                LabelRows(kept[name], settings, self.labels, tokenizer, sequence_length=length)
+                for name in ("train", "validation", "scored")
             )
             return
         self.objective = causal_objective(model)

@@ -22,8 +22,8 @@ from __future__ import annotations
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from samara.measure.task_examples import (
     WrittenExample,
     shots_prefix,
 )
-from samara.measure.task_rows import SUFFIXES, Row, read_rows
+from samara.measure.task_rows import SUFFIXES, Row, Transform, read_rows, read_task, spread
 from samara.measure.tasks_config import (
     KINDS,
     ClassificationConfig,
@@ -50,8 +50,6 @@ from samara.measure.tasks_config import (
     SummarizationConfig,
     TaskConfig,
 )
-
-Transform = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 SPLITS = ("train", "dev", "val", "valid", "validation", "test")
 DEFAULT_SEED = 1234
@@ -204,7 +202,7 @@ def load_task(
         source: The task.
         num_fewshot: Solved examples before each prompt. Left out: as the task says.
         limit: Score this many rows, evenly spread over the file (many files are sorted by label
-            or subject). Left out: all.
+            or subject). Left out: as the task says.
         seed: Of the solved examples drawn.
 
     Raises:
@@ -213,14 +211,14 @@ def load_task(
         DataError: If a file or a row is not what the task asks for; the message names the line.
     """
     config = source.config
-    rows = _read(source.data, source.transform)
+    rows = read_task(source.data, config, source.transform)
     shots = _num_shots(config, num_fewshot)
     pool = rows
     if shots and not source.has_own_shots:
         assert source.fewshot_data is not None
-        pool = _read(source.fewshot_data, source.transform)
+        pool = read_task(source.fewshot_data, config, source.transform)
     maker = ExampleMaker(config, rows if pool is rows else [*rows, *pool])
-    chosen = set(_spread(len(rows), limit))
+    chosen = set(spread(len(rows), config.limit if limit is None else limit))
     examples: list[Example] = []
     shots_of_rows = _drawn_shots(source, rows, pool, count=shots, seed=seed) if shots else None
     for index, row in enumerate(rows):
@@ -237,35 +235,10 @@ def load_task(
     )
 
 
-def _read(path: Path, transform: Transform | None) -> list[Row]:
-    rows = read_rows(path)
-    if transform is None:
-        return rows
-    transformed = []
-    for row in rows:
-        try:
-            transformed.append(replace(row, fields=transform(row.fields)))
-        except KeyError as error:
-            field = str(error.args[0])
-            raise DataError(
-                f"{row.origin}: no field '{field}'{did_you_mean(field, map(str, row.fields))}"
-            ) from None
-        except (ValueError, TypeError, AttributeError) as error:
-            raise DataError(f"{row.origin}: not a row of this task: {error}") from error
-    return transformed
-
-
 def _num_shots(config: TaskConfig, override: int | None) -> int:
     if not isinstance(config, PromptedConfig):
         return 0
     return config.num_fewshot if override is None else override
-
-
-def _spread(num_rows: int, limit: int | None) -> list[int]:
-    """Positions of ``limit`` rows spread over the file."""
-    if limit is None or limit >= num_rows:
-        return list(range(num_rows))
-    return [index * num_rows // limit for index in range(limit)]
 
 
 def _with_prefix(

@@ -38,8 +38,8 @@ from pathlib import Path
 from typing import Any
 
 from samara.errors import ConfigError, did_you_mean
-from samara.measure.local_tasks import TaskSource, Transform
-from samara.measure.task_rows import SUFFIXES
+from samara.measure.local_tasks import TaskSource
+from samara.measure.task_rows import SUFFIXES, Transform
 from samara.measure.tasks_config import (
     MinimalPairsConfig,
     MultipleChoiceConfig,

@@ -11,13 +11,16 @@ import io
 import json
 import re
 import string
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from samara.data.text_lines import read_json_lines, read_lines
 from samara.errors import ConfigError, DataError, did_you_mean
+from samara.measure.tasks_config import TaskConfig
+
+Transform = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 SUFFIXES = (".jsonl", ".csv", ".tsv")
 FIELD = re.compile(r"(?P<name>[^\[\]!:{}]+)(?:\[(?P<entry>\d+)\])?")
@@ -91,6 +94,63 @@ def read_rows(path: Path) -> list[Row]:
     if not rows:
         raise DataError(f"{path}: holds no rows, so there is nothing to score")
     return rows
+
+
+def read_task(path: Path, config: TaskConfig, transform: Transform | None = None) -> list[Row]:
+    """The rows of a file as a task takes them.
+
+    Args:
+        path: The file.
+        config: Says which field is taken apart, if any.
+        transform: Applied to the fields of each row first.
+
+    Raises:
+        DataError: As :func:`read_rows`; if a row cannot be transformed, or lacks the field to take
+            apart; if no row is left.
+    """
+    rows = read_rows(path)
+    if transform is not None:
+        rows = [_transformed(row, transform) for row in rows]
+    field = config.split_first_line
+    if field is None:
+        return rows
+    apart = [row for row in (_taken_apart(row, field) for row in rows) if row is not None]
+    if not apart:
+        raise DataError(
+            f"{path}: field '{field}' holds one line in every row, so split_first_line leaves none"
+        )
+    return apart
+
+
+def _transformed(row: Row, transform: Transform) -> Row:
+    try:
+        return replace(row, fields=transform(row.fields))
+    except KeyError as error:
+        field = str(error.args[0])
+        raise DataError(
+            f"{row.origin}: no field '{field}'{did_you_mean(field, map(str, row.fields))}"
+        ) from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{row.origin}: not a row of this task: {error}") from error
+
+
+def _taken_apart(row: Row, field: str) -> Row | None:
+    """The row with the fields ``first_line`` and ``rest``; None where there is no rest."""
+    value = row.get(field)
+    if not isinstance(value, str):
+        raise DataError(f"{row.origin}: field '{field}' holds {value!r:.60}, not a text")
+    first, _, rest = value.strip().partition("\n")
+    if not rest.strip():
+        return None
+    own = {"first_line": first.strip(), "rest": rest.strip()}
+    return replace(row, fields={**row.fields, **own})
+
+
+def spread(num_rows: int, limit: int | None) -> list[int]:
+    """Positions of ``limit`` rows spread over a file."""
+    if limit is None or limit >= num_rows:
+        return list(range(num_rows))
+    return [index * num_rows // limit for index in range(limit)]
 
 
 def _json_rows(path: Path) -> Iterator[Row]:

@@ -28,6 +28,11 @@ class TaskConfig(Config):
     """What the task is called in the results."""
     data: str
     """The rows: .jsonl, .csv or .tsv, each also with .gz; one line a row."""
+    limit: PositiveInt | None = None
+    """Score this many of the rows, evenly spread over the file. Left out: all."""
+    split_first_line: str | None = None
+    """A field to take apart: its first line becomes the field `first_line`, what follows `rest`.
+    Rows where nothing follows are left out. (XSum, arXiv 1808.08745, made its summaries so.)"""
 
 
 class PromptedConfig(TaskConfig):

@@ -16,6 +16,11 @@ class ReportConfig(Config):
     """Name -> pretraining run folder or `stage:NAME`; the first is the baseline."""
     evaluation: str | None = None
     """An evaluation run folder or `stage:NAME`."""
+    finetuning: dict[str, str] = Field(default_factory=dict)
+    """Name -> fine-tuning run folder or `stage:NAME`; runs of one task are compared with the last.
+    """
+    release: str | None = None
+    """A release's run folder or `stage:NAME`: versions, gates, rollbacks."""
     corpus: str | None = None
     """A prepared folder or `stage:NAME`."""
     demo_scale: bool = False

@@ -1,39 +1,35 @@
-"""What the page is made from: run folders read and checked, with what is missing said in words.
-
-A file that is not there means that a stage has not run (yet); a file that cannot be read as what it
-should be is an error that names it.
-"""
+"""What the page is made from: run folders read and checked, with what is missing said in words."""
 
 from __future__ import annotations
 
 import functools
-import itertools
-import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from samara.data.config import PrepareConfig
-from samara.errors import CheckpointError
 from samara.measure.budget import Budget, budget
 from samara.model.config import ModelConfig
+from samara.report.adaptation_inputs import Release, Tuned, read_release, read_tuned
 from samara.report.config import ReportConfig
+from samara.report.run_files import (
+    Bounds,
+    Point,
+    Record,
+    points_of,
+    read_metrics,
+    read_record,
+    run_folder,
+    said,
+    state_of,
+    timed,
+    without_paths,
+)
 from samara.runs import RunFolder, read_json
-
-RecordT = TypeVar("RecordT", bound="Record")
-
-_ABSOLUTE_PATH = re.compile(r"(?<![\w.~/])/(?:[^\s/:'\",]+/)+(?=[^\s/:'\",]+)")
-
-
-class Record(BaseModel):
-    """A file another stage wrote; keys that this page does not show are passed over."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
 
 class Summary(Record):
@@ -59,14 +55,6 @@ class Summary(Record):
     corpus_hash: str
     weights_hash: str
     design: ModelConfig
-
-
-class Bounds(Record):
-    """A value and its interval; the ends are None where there are too few documents for one."""
-
-    value: float
-    low: float | None
-    high: float | None
 
 
 class Sample(Record):
@@ -98,7 +86,7 @@ class Comparison(Record):
 class EvaluatedObjective(Record):
     """What an evaluation's models were asked for; older results do not say: the next token."""
 
-    objective: dict[str, Any] = {}
+    objective: dict[str, Any] = Field(default_factory=dict)
 
 
 class Evaluation(Record):
@@ -165,7 +153,7 @@ class CorpusStatistics(Record):
     splits: dict[str, SplitCounts]
     dropped: dict[str, NonNegativeInt]
     """Documents read but not kept, by reason."""
-    skipped: dict[str, NonNegativeInt] = {}
+    skipped: dict[str, NonNegativeInt] = Field(default_factory=dict)
     """What was passed over before it became a document, by reason."""
     num_packages: NonNegativeInt
     packages: dict[str, NonNegativeInt]
@@ -179,17 +167,6 @@ class Corpus(Record):
     vocab_size: PositiveInt
     statistics: CorpusStatistics
     settings: PrepareConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """A loss, and what had been spent by then."""
-
-    step: int
-    tokens: float
-    flops: float
-    seconds: float
-    loss: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,6 +211,10 @@ class Inputs:
     """Why there is no evaluation; empty if there is one."""
     corpus: Corpus | None
     corpus_note: str
+    tuned: tuple[Tuned, ...]
+    """The fine-tuning runs."""
+    release: Release | None
+    release_note: str
 
     @property
     def baseline(self) -> Arm | None:
@@ -265,6 +246,7 @@ def read_inputs(config: ReportConfig, run: RunFolder) -> Inputs:
         for index, (name, folder) in enumerate(config.pretraining.items())
     )
     corpus, corpus_note = _read_corpus(config.corpus)
+    release, release_note = read_release(config.release)
     return Inputs(
         config=config,
         run=run,
@@ -273,47 +255,20 @@ def read_inputs(config: ReportConfig, run: RunFolder) -> Inputs:
         evaluation_note=evaluation_note,
         corpus=corpus,
         corpus_note=corpus_note,
+        tuned=read_tuned(config.finetuning),
+        release=release,
+        release_note=release_note,
     )
-
-
-def read_record(record_type: type[RecordT], path: Path) -> RecordT:
-    """Read a JSON file another stage wrote.
-
-    Raises:
-        CheckpointError: If it is missing, not JSON, or lacks something.
-    """
-    data = read_json(path)
-    try:
-        return record_type.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise CheckpointError(
-            f"{path}: {where}: {first['msg'].lower()}; the file is damaged or of another version, "
-            "run its stage again"
-        ) from None
-
-
-def without_paths(text: str) -> str:
-    """``text`` with the folders of absolute paths left out: a page is given to others."""
-    return _ABSOLUTE_PATH.sub("…/", text)
-
-
-def _folder(name: str, key: str) -> Path:
-    path = Path(name)
-    if not path.is_dir():
-        raise CheckpointError(f"report.{key}: {name}: no such folder; give a run folder")
-    return path
 
 
 def _read_evaluation(name: str | None) -> tuple[Evaluation | None, str]:
     if name is None:
         return None, "The report names no evaluation."
-    folder = _folder(name, "evaluation")
+    folder = run_folder(name, "evaluation")
     path = folder / "results.json"
     if not path.exists():
-        state = _state(RunFolder(folder), finished=False)
-        return None, f"The evaluation has no results yet ({_said(state)})."
+        state = state_of(RunFolder(folder), finished=False)
+        return None, f"The evaluation has no results yet ({said(state)})."
     objective = read_record(EvaluatedObjective, path).objective.get("kind", "causal_lm")
     if objective != "causal_lm":
         return None, f"The evaluation is one of {objective}; its scores stand in {path.name}."
@@ -323,23 +278,23 @@ def _read_evaluation(name: str | None) -> tuple[Evaluation | None, str]:
 def _read_corpus(name: str | None) -> tuple[Corpus | None, str]:
     if name is None:
         return None, "The report names no corpus."
-    folder = _folder(name, "corpus")
+    folder = run_folder(name, "corpus")
     path = folder / "corpus.json"
     if not path.exists():
-        state = _state(RunFolder(folder), finished=False)
-        return None, f"The corpus is not prepared yet ({_said(state)})."
+        state = state_of(RunFolder(folder), finished=False)
+        return None, f"The corpus is not prepared yet ({said(state)})."
     return read_record(Corpus, path), ""
 
 
 def _read_arm(
     name: str, index: int, folder: str, evaluation: Evaluation | None, baseline: str
 ) -> Arm:
-    run = RunFolder(_folder(folder, f"pretraining.{name}"))
+    run = RunFolder(run_folder(folder, f"pretraining.{name}"))
     path = run.path / "summary.json"
     summary = read_record(Summary, path) if path.exists() else None
-    state = _state(run, finished=summary is not None)
-    records = _read_metrics(run)
-    training = _points(records, "loss")
+    state = state_of(run, finished=summary is not None)
+    records = read_metrics(run)
+    training = points_of(records, "loss")
     environment = run.path / "environment.json"
     score = evaluation.models.get(name) if evaluation else None
     compared = evaluation.comparisons if evaluation else ()
@@ -351,7 +306,7 @@ def _read_arm(
         message=without_paths(str(state.get("message", ""))),
         summary=summary,
         training=training,
-        validation=_timed(_points(records, "validation_loss"), training),
+        validation=timed(points_of(records, "validation_loss"), training),
         environment=dict(read_json(environment)) if environment.exists() else {},
         score=score,
         comparison=next(
@@ -365,72 +320,3 @@ def _read_arm(
 
 def _read_races(path: Path) -> tuple[RaceStage, ...]:
     return read_record(Races, path).stages if path.exists() else ()
-
-
-def _state(run: RunFolder, *, finished: bool) -> dict[str, Any]:
-    return run.status() or {"state": "finished" if finished else "unfinished"}
-
-
-def _said(state: Mapping[str, Any]) -> str:
-    message = without_paths(str(state.get("message", "")))
-    return f"{state['state']}: {message}" if message else str(state["state"])
-
-
-def _read_metrics(run: RunFolder) -> list[dict[str, Any]]:
-    """The records of ``metrics.jsonl``.
-
-    Raises:
-        CheckpointError: If a line before the last is damaged (the last may be cut off by a crash).
-    """
-    records = run.metrics()
-    if not run.metrics_path.exists():
-        return records
-    lines = run.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines()
-    if len(records) < len(lines) - 1:
-        raise CheckpointError(
-            f"{run.metrics_path}: line {len(records) + 1} is not JSON; the file is damaged, "
-            "run its stage again"
-        )
-    return records
-
-
-def _points(records: list[dict[str, Any]], key: str) -> tuple[Point, ...]:
-    """The finite losses called ``key``, in order."""
-    points = []
-    for record in records:
-        loss = record.get(key)
-        if isinstance(loss, (int, float)) and math.isfinite(loss):
-            points.append(
-                Point(
-                    step=int(record.get("step", 0)),
-                    tokens=float(record.get("tokens", 0)),
-                    flops=float(record.get("flops", 0)),
-                    seconds=float(record.get("seconds") or 0.0),
-                    loss=float(loss),
-                )
-            )
-    return tuple(points)
-
-
-def _timed(validation: tuple[Point, ...], training: tuple[Point, ...]) -> tuple[Point, ...]:
-    """Give validation points, which record no time, the training time at their tokens."""
-    start = Point(step=0, tokens=0, flops=0, seconds=0, loss=0)
-    known = [start, *training]
-    return tuple(
-        Point(
-            step=point.step,
-            tokens=point.tokens,
-            flops=point.flops,
-            seconds=_seconds_at(point.tokens, known),
-            loss=point.loss,
-        )
-        for point in validation
-    )
-
-
-def _seconds_at(tokens: float, known: list[Point]) -> float:
-    for before, after in itertools.pairwise(known):
-        if before.tokens <= tokens <= after.tokens and after.tokens > before.tokens:
-            share = (tokens - before.tokens) / (after.tokens - before.tokens)
-            return before.seconds + share * (after.seconds - before.seconds)
-    return known[-1].seconds

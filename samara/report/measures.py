@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from samara.report import humanize
-from samara.report.inputs import Arm, Bounds
+from samara.report.inputs import Arm
 from samara.report.markup import Html, element, together
+from samara.report.run_files import Bounds
 
 Kind = Literal["counted", "measured", "estimated"]
 Group = Literal["Size", "Work", "On this machine", "Held-out text", "Estimates"]

@@ -15,6 +15,7 @@ from string import Template
 from samara.report.inputs import Inputs
 from samara.report.markup import Html, element, escaped, joined
 from samara.report.section import Section
+from samara.report.sections.adaptation import adaptation
 from samara.report.sections.arms import arms
 from samara.report.sections.corpus import corpus
 from samara.report.sections.curves import curves
@@ -22,6 +23,7 @@ from samara.report.sections.demo_scale import demo_scale
 from samara.report.sections.difference import difference
 from samara.report.sections.growth import growth
 from samara.report.sections.headline import headline
+from samara.report.sections.registry import registry
 from samara.report.sections.reproduce import reproduce
 from samara.report.sections.samples import samples
 from samara.report.sections.shape import shape
@@ -32,6 +34,8 @@ SECTIONS: tuple[Callable[[Inputs], Section | None], ...] = (
     difference,
     curves,
     growth,
+    adaptation,
+    registry,
     shape,
     samples,
     corpus,

@@ -358,6 +358,16 @@ def test_checkpointing_of_activations_changes_nothing(
     assert found[2] == pytest.approx(found[3], rel=1e-6)
 
 
+def test_rows_of_other_labels_are_left_out_and_counted(bases, rows, tmp_path) -> None:
+    config = settings(bases["samara"], rows, "labels", SPARSE)
+    chosen = {"labels": ("negative", "neutral"), "other_labels": "leave_out", "limit": 2}
+    only = config.task.model_copy(update=chosen)
+    results = run_one(config.model_copy(update={"task": only}), tmp_path / "run")
+    assert (results["num_items"], results["left_out"]) == (2, 5)
+    left_out = read_json(tmp_path / "run" / "data.json")["left_out"]
+    assert (left_out["train"] + left_out["validation"], left_out["scored"]) == (15, 5)
+
+
 def test_what_does_not_fit_is_said_in_a_line(
     bases: dict[str, Path], rows: Path, tmp_path: Path
 ) -> None:
@@ -377,12 +387,20 @@ def test_what_does_not_fit_is_said_in_a_line(
     alone = config.data.model_copy(update={"train": str(tmp_path / "one.jsonl")})
     fails(DataError, "holds one row 1 times", config.model_copy(update={"data": alone}))
     missing = config.data.model_copy(update={"train": str(rows / "none.jsonl")})
-    fails(DataError, "no such file", config.model_copy(update={"data": missing}))
+    fails(
+        DataError,
+        "none.jsonl: cannot be read: No such file",
+        config.model_copy(update={"data": missing}),
+    )
     labels = settings(llama, rows, "labels", SPARSE)
     one = labels.task.model_copy(update={"labels": ("positive",)})
     fails(ConfigError, r"task\.labels: .*two different", labels.model_copy(update={"task": one}))
     other = labels.task.model_copy(update={"labels": ("positive", "neutral")})
-    fails(DataError, "label 'negative' is none of", labels.model_copy(update={"task": other}))
+    fails(
+        DataError,
+        "label 'negative' is none of .*task.other_labels: leave_out",
+        labels.model_copy(update={"task": other}),
+    )
     fails(
         ConfigError,
         "shira adapts nn.Linear, and the trunk of this model has none",
@@ -461,7 +479,7 @@ def test_a_row_that_is_too_long_loses_the_beginning_of_its_prompt() -> None:
 def test_only_the_answer_and_its_end_mark_are_targets(bases: dict[str, Path], rows: Path) -> None:
     config = settings(bases["llama"], rows, "question", SPARSE)
     loaded = load_task_model(bases["llama"], labels=None, dtype=None, seed=0)
-    task = Task(config, read_task_rows(config.data), loaded.model, loaded.tokenizer)
+    task = Task(config, read_task_rows(config), loaded.model, loaded.tokenizer)
     batch = task.train.batch([0, 1])
     counted = batch["targets"][0][batch["targets"][0] >= 0]
     assert loaded.tokenizer.convert_ids_to_tokens(counted.tolist())[1:] == ["</s>"]

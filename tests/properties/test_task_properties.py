@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from samara.measure.language_model import _windows
-from samara.measure.local_tasks import _spread
 from samara.measure.task_metrics import (
     Item,
     Resampling,
@@ -19,7 +18,7 @@ from samara.measure.task_metrics import (
     metric_interval,
     paired_metric,
 )
-from samara.measure.task_rows import Row, fill, read_rows
+from samara.measure.task_rows import Row, fill, read_rows, spread
 from samara.measure.text_scores import exact_match, normalize_answer, token_f1
 
 LABELS = st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from("abcde")), min_size=2)
@@ -131,7 +130,7 @@ def test_windows_score_each_token_once_after_the_one_before_it(ids, size):
 
 @given(st.integers(1, 200), st.none() | st.integers(1, 250))
 def test_a_limit_takes_distinct_rows_in_order_from_the_whole_file(num_rows, limit):
-    chosen = _spread(num_rows, limit)
+    chosen = spread(num_rows, limit)
     assert chosen == sorted(set(chosen))
     assert len(chosen) == min(num_rows, limit or num_rows)
     assert chosen[0] == 0

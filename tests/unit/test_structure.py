@@ -26,7 +26,7 @@ LAYERS: list[set[str]] = [
     {"train"},
     {"growth", "sparse"},
     {"adapt"},
-    {"report"},
+    {"report", "release"},
     {"recipe"},
     {"lifecycle", "designs", "delta_commands", "registry_commands"},
     {"cli"},

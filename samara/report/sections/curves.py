@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 
 from samara.report import humanize
 from samara.report.charts import Chart, Series, line_chart
-from samara.report.inputs import Arm, Inputs, Point
+from samara.report.inputs import Arm, Inputs
 from samara.report.markup import Html, element, paragraph, together
 from samara.report.measures import color, key, named
+from samara.report.run_files import Point
 from samara.report.scales import Axis, Place, axis_around, smoothed, some
 from samara.report.section import Section, missing
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from samara.config import load_yaml
 from samara.report import humanize
-from samara.report.inputs import Arm, Inputs, without_paths
+from samara.report.inputs import Arm, Inputs
 from samara.report.markup import Html, element, paragraph, together
 from samara.report.measures import named
+from samara.report.run_files import without_paths
 from samara.report.section import Section
 
 

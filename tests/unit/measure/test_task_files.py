@@ -102,7 +102,9 @@ def test_a_classification_chooses_among_the_words_for_its_labels(tmp_path):
 
 def test_a_classification_takes_its_labels_from_all_rows(tmp_path):
     rows = [{"text": "T", "label": label} for label in ("b", "a", "b")]
-    task = load_task(task_source(write_task(tmp_path, rows, kind="classification")), limit=1)
+    source = task_source(write_task(tmp_path, rows, kind="classification", limit=2))
+    assert len(load_task(source).examples) == 2
+    task = load_task(source, limit=1)
     assert dict(task.labels) == {"a": "a", "b": "b"}
     assert len(task.examples) == 1
 

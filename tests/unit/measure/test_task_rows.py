@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from samara.errors import ConfigError, DataError
-from samara.measure.task_rows import Row, fill, read_rows
+from samara.measure.task_rows import Row, fill, read_rows, read_task
+from samara.measure.tasks_config import SummarizationConfig
 
 
 def write(path: Path, text: str) -> Path:
@@ -132,3 +133,29 @@ def test_json_written_by_json_reads_back(tmp_path: Path):
     fields = {"text": 'quote " and \\ and ünï', "n": None}
     path = write(tmp_path / "r.jsonl", json.dumps(fields, ensure_ascii=False) + "\n")
     assert read_rows(path)[0].fields == fields
+
+
+def test_a_text_is_taken_apart_at_its_first_line(tmp_path: Path):
+    texts = ["\nOne line.\n\n  More,\nand more. ", "Alone.\n\n", "Two.\nRest"]
+    path = write(tmp_path / "r.jsonl", "".join(json.dumps({"t": t}) + "\n" for t in texts))
+    config = SummarizationConfig(name="s", data="r.jsonl", split_first_line="t")
+    first, last = read_task(path, config)
+    assert (first.fields["first_line"], first.fields["rest"]) == ("One line.", "More,\nand more.")
+    assert (last.fields["rest"], last.line) == ("Rest", 3)
+    whole = SummarizationConfig(name="s", data="r.jsonl")
+    assert len(read_task(path, whole)) == 3
+
+
+@pytest.mark.parametrize(
+    ("row_text", "message"),
+    [
+        ('{"t": "Alone."}\n', r"field 't' holds one line in every row, so split_first_line leaves"),
+        ('{"t": 3}\n', r"r\.jsonl:1: field 't' holds 3, not a text"),
+        ('{"x": "a"}\n', r"r\.jsonl:1: no field 't'"),
+    ],
+)
+def test_a_field_that_cannot_be_taken_apart(tmp_path: Path, row_text: str, message: str):
+    path = write(tmp_path / "r.jsonl", row_text)
+    config = SummarizationConfig(name="s", data="r.jsonl", split_first_line="t")
+    with pytest.raises(DataError, match=message):
+        read_task(path, config)

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from samara.errors import CheckpointError
-from samara.report.inputs import read_inputs, without_paths
+from samara.report.inputs import read_inputs
+from samara.report.run_files import without_paths
 
 
 def message(config, run) -> str:
