@@ -16,8 +16,6 @@ from samara.report.scales import Axis, Place, axis_around, smoothed
 from samara.report.section import Section, missing
 
 SMOOTHING = 0.03  # standard deviation of the window, as a share of the run
-PARTS_OF_ONE = {"perplexity", "word_perplexity", "bits_per_byte"}
-"""Scores that are no share: shown as they are, the others in percent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +116,8 @@ def _findings(runs: Sequence[Tuned]) -> list[Html]:
             together(
                 " ",
                 _named(run),
-                f": {metric.replace('_', ' ')} {_score_text(metric, a.value)} against "
-                f"{_score_text(metric, b.value)} of ",
+                f": {metric.replace('_', ' ')} {humanize.fixed(a.value)} against "
+                f"{humanize.fixed(b.value)} of ",
                 _named(reference),
                 f" ({_apart(a, b)}), {humanize.compared(ratio, 'smaller', 'larger')} to store.",
             )
@@ -135,12 +133,6 @@ def _apart(one: TunedScore, other: TunedScore) -> str:
     if low > other_high or other_low > high:
         return "their intervals do not meet"
     return "their intervals overlap"
-
-
-def _score_text(metric: str, value: float) -> str:
-    if metric in PARTS_OF_ONE:
-        return humanize.fixed(value)
-    return humanize.percent(value)
 
 
 def _table(runs: Sequence[Tuned]) -> Html:
@@ -180,7 +172,7 @@ def _score_row(metric: str, runs: Sequence[Tuned]) -> Html:
         if score is None:
             cells.append(element("td", humanize.MISSING, class_="number"))
             continue
-        text = element("span", _score_text(metric, score.value))
+        text = element("span", humanize.fixed(score.value))
         small = element("small", interval_text(score, 3))
         cells.append(element("td", joined([text, small], " "), class_="number"))
     return element("tr", element("th", metric.replace("_", " "), scope="row"), *cells)
@@ -194,7 +186,7 @@ def _before_row(metric: str, runs: Sequence[Tuned]) -> Html | None:
     cells = [
         element(
             "td",
-            humanize.MISSING if base is None else _score_text(metric, base.value),
+            humanize.MISSING if base is None else humanize.fixed(base.value),
             class_="number",
         )
         for base in bases

@@ -85,7 +85,7 @@ def _version_row(release: Release, name: str, version: ReleasedVersion) -> Html:
         "tr",
         element("th", f"{version.number} ", element("small", name), scope="row"),
         element("td", version.kind, " ", element("code", version.identity[:12])),
-        element("td", ", ".join(version.made_from) or "a model kept elsewhere"),
+        element("td", ", ".join(version.made_from) or "nothing kept here"),
         element("td", humanize.size(sum(version.files.values())), class_="number"),
         element("td", joined([*scores, *audits], element("br")) or humanize.MISSING),
         element("td", element("b", ", ".join(sorted(aliases))) if aliases else humanize.MISSING),
@@ -129,7 +129,8 @@ def _what(release: Release, entry: ReleaseEntry) -> str:
     version = f"version {number} ({_name_of(release, number)})"
     if entry.action == "rollback":
         return f"{alias} {done} to {version}"
-    return f"{version} {done}{f' to {alias}' if entry.action == 'promote' else ''}"
+    towards = {"promote": f" to {alias}", "hold": f" for {alias}", "refuse": f" for {alias}"}
+    return f"{version} {done}{towards.get(entry.action, '')}"
 
 
 def _said(entry: ReleaseEntry) -> str:

@@ -156,10 +156,10 @@ def test_the_methods_stand_side_by_side(inputs):
         "package (labels) 800 rows scored; 225 more have another label and were left out." in text
     )
     assert (
-        "sparse : accuracy 66 % against 70 % of full (their intervals overlap), 98 % smaller to "
+        "sparse : accuracy 0.660 against 0.700 of full (their intervals overlap), 98 % smaller to "
         "store." in text
     )
-    assert "accuracy 66 % [0.630, 0.690] 70 % [0.670, 0.730]" in text
+    assert "accuracy 0.660 [0.630, 0.690] 0.700 [0.670, 0.730]" in text
     assert "share of the model 2.0 % 100 %" in text
     assert "choosing them 2.50 s \u2014" in text
     assert "optimizer state 1.00 MB 25.6 MB" in text
@@ -179,7 +179,7 @@ def test_scores_before_and_tasks_apart(inputs):
     text = words(adaptation(inputs({"a": results("sparse"), "b": other})).render())
     assert text.index("package (labels)") < text.index("first-line (summarization)")
     assert "800 rows scored. " in text
-    assert "rougeL before 5.0 %" in text
+    assert "rougeL before 0.050" in text
     assert "bits per byte 1.500" in text
 
 
@@ -187,7 +187,7 @@ def test_intervals_that_do_not_meet_are_said(inputs):
     far = results("full", scores={"accuracy": score(0.9)})
     text = words(adaptation(inputs({"sparse": results("sparse"), "full": far})).render())
     assert "(their intervals do not meet)" in text
-    assert "macro f1 50 % [0.470, 0.530] \u2014" in text
+    assert "macro f1 0.500 [0.470, 0.530] \u2014" in text
 
 
 def test_a_run_without_results_is_said(inputs):
