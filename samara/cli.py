@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 import typer.core
 
-from samara import delta_commands, registry_commands
+from samara import audit_command, delta_commands, registry_commands
 from samara.errors import ConfigError, SamaraError, Stopped
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ app = typer.Typer(
 
 app.add_typer(delta_commands.app, name="delta")
 app.add_typer(registry_commands.app, name="registry")
+app.command()(audit_command.audit)
 
 RecipeArgument = Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)]
 Overrides = Annotated[

@@ -28,7 +28,7 @@ LAYERS: list[set[str]] = [
     {"adapt"},
     {"report"},
     {"recipe"},
-    {"lifecycle", "designs", "delta_commands", "registry_commands"},
+    {"lifecycle", "designs", "delta_commands", "registry_commands", "audit_command"},
     {"cli"},
     {"__main__"},
 ]

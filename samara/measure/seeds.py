@@ -1,0 +1,113 @@
+"""Several runs of one thing that differ in their seed: means, differences, agreement.
+
+Every run scores the same rows, so that there are two sources of chance: which rows, and which
+seeds. Intervals resample both, rows and runs, each with replacement (a two-way bootstrap; Owen
+2007, arXiv 0712.1111, finds it cautious). Three seeds are few: such an interval says what these
+runs show, and no more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from samara.measure.compare import Interval
+from samara.measure.task_metrics import METRICS, Item, Resampling
+
+Floats = npt.NDArray[np.float64]
+NonInferiority = Literal["non-inferior", "inferior", "inconclusive"]
+
+
+def score_table(name: str, runs: Sequence[Sequence[Item]]) -> Floats:
+    """Scores of a mean as (runs, rows).
+
+    Args:
+        name: A metric that is a mean over rows.
+        runs: Items of each run, the same rows in the same order.
+    """
+    assert METRICS[name].kind in ("binary", "mean"), name
+    lines = [[item.line for item in run] for run in runs]
+    assert all(own == lines[0] for own in lines), "every run scores the same rows"
+    return np.array([[item.scores[name] for item in run] for run in runs], dtype=np.float64)
+
+
+def mean_over_seeds(table: Floats, how: Resampling) -> Interval:
+    """The mean of (runs, rows), with its interval over rows and seeds."""
+    return pooled_difference([table], [np.zeros((1, table.shape[1]))], how)
+
+
+def pooled_difference(
+    model: Sequence[Floats], baseline: Sequence[Floats], how: Resampling
+) -> Interval:
+    """The difference of two models' means, each task weighing the same.
+
+    Args:
+        model: (runs, rows) of each task.
+        baseline: The same tasks and rows of the other; its runs are others, and may be fewer.
+        how: Confidence, resamples, seed.
+
+    Returns:
+        Mean over tasks of ``model - baseline``; rows are drawn in pairs, runs of each by itself.
+        With fewer than two rows in a task the interval is infinite.
+    """
+    generator = np.random.default_rng(how.seed)
+    value, total = 0.0, np.zeros(how.samples)
+    for one, other in zip(model, baseline, strict=True):
+        assert one.shape[1] == other.shape[1], "the same rows"
+        value += (one.mean() - other.mean()) / len(model)
+        total += _resampled(one, other, generator, how.samples) / len(model)
+    if any(table.shape[1] < 2 for table in model):
+        return Interval(value=value, low=-math.inf, high=math.inf, confidence=how.confidence)
+    tail = (1 - how.confidence) / 2
+    low, high = (float(end) for end in np.quantile(total, [tail, 1 - tail]))
+    # Rounding of sums taken in another order must not leave the value outside its interval.
+    return Interval(
+        value=float(value),
+        low=min(low, float(value)),
+        high=max(high, float(value)),
+        confidence=how.confidence,
+    )
+
+
+def _resampled(one: Floats, other: Floats, generator: np.random.Generator, samples: int) -> Floats:
+    """Differences of means of ``samples`` resamples of the rows, and of the runs of either."""
+    rows = one.shape[1]
+    found = np.empty(samples)
+    for number in range(samples):
+        counts = np.bincount(generator.integers(0, rows, size=rows), minlength=rows)
+        a_r, b_r = (
+            table[generator.integers(0, len(table), size=len(table))].mean(axis=0)
+            for table in (one, other)
+        )
+        found[number] = float(counts @ (a_r - b_r)) / rows
+    return found
+
+
+def non_inferiority(difference: Interval, margin: float) -> NonInferiority:
+    """Whether a model is at most ``margin`` worse, as far as the interval of ``model - baseline``.
+
+    The whole interval above ``-margin``: ``non-inferior``; the whole of it below: ``inferior``.
+    """
+    if difference.low > -margin:
+        return "non-inferior"
+    return "inferior" if difference.high < -margin else "inconclusive"
+
+
+def agreement(runs: Sequence[Sequence[Item]]) -> float:
+    """Share of equal predictions, row by row, over all pairs of runs; 1 for a single run."""
+    predictions = [[item.prediction for item in run] for run in runs]
+    shares = [
+        sum(a == b for a, b in zip(one, other, strict=True)) / len(one)
+        for one, other in combinations(predictions, 2)
+    ]
+    return sum(shares) / len(shares) if shares else 1.0
+
+
+def spread(table: Floats) -> float:
+    """Standard deviation of the runs' means (sample); 0 for a single run."""
+    return float(table.mean(axis=1).std(ddof=1)) if len(table) > 1 else 0.0
