@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from samara.measure.compare import Interval
-from samara.measure.task_metrics import METRICS, Item, Resampling
+from samara.measure.task_metrics import MACRO, METRICS, ClassCounts, Item, Resampling
 
 Floats = npt.NDArray[np.float64]
 NonInferiority = Literal["non-inferior", "inferior", "inconclusive"]
@@ -34,6 +34,47 @@ def score_table(name: str, runs: Sequence[Sequence[Item]]) -> Floats:
     lines = [[item.line for item in run] for run in runs]
     assert all(own == lines[0] for own in lines), "every run scores the same rows"
     return np.array([[item.scores[name] for item in run] for run in runs], dtype=np.float64)
+
+
+def score_over_seeds(name: str, runs: Sequence[Sequence[Item]], how: Resampling) -> Interval:
+    """The mean over runs of a score, with its interval over rows and seeds.
+
+    Args:
+        name: A metric that is a mean over rows, or a macro average.
+        runs: Items of each run, the same rows in the same order.
+        how: Confidence, resamples, seed.
+    """
+    if METRICS[name].kind == "classes":
+        return _macro_over_seeds(name, runs, how)
+    return mean_over_seeds(score_table(name, runs), how)
+
+
+def _macro_over_seeds(name: str, runs: Sequence[Sequence[Item]], how: Resampling) -> Interval:
+    """Rows weigh as often as they were drawn; a macro average is one of a weighted confusion."""
+    said = [[(item.gold[0], item.prediction) for item in run] for run in runs]
+    labels = sorted({label for run in said for pair in run for label in pair})
+    place = {label: number for number, label in enumerate(labels)}
+    codes = np.array([[place[g] * len(labels) + place[p] for g, p in run] for run in said])
+
+    def score(run: int, weights: Floats) -> float:
+        size = len(labels)
+        counts_gp = np.bincount(codes[run], weights=weights, minlength=size**2).reshape(size, size)
+        counts = ClassCounts(
+            right=counts_gp.diagonal(), predicted=counts_gp.sum(axis=0), gold=counts_gp.sum(axis=1)
+        )
+        return float(MACRO[name](counts))
+
+    num_runs, num_rows = codes.shape
+    value = sum(score(run, np.ones(num_rows)) for run in range(num_runs)) / num_runs
+    generator = np.random.default_rng(how.seed)
+    found = np.empty(how.samples)
+    for number in range(how.samples):
+        weights = np.bincount(
+            generator.integers(0, num_rows, size=num_rows), minlength=num_rows
+        ).astype(np.float64)
+        drawn = generator.integers(0, num_runs, size=num_runs)
+        found[number] = sum(score(int(run), weights) for run in drawn) / num_runs
+    return _interval(value, found, num_rows, how)
 
 
 def mean_over_seeds(table: Floats, how: Resampling) -> Interval:
@@ -61,16 +102,17 @@ def pooled_difference(
         assert one.shape[1] == other.shape[1], "the same rows"
         value += (one.mean() - other.mean()) / len(model)
         total += _resampled(one, other, generator, how.samples) / len(model)
-    if any(table.shape[1] < 2 for table in model):
+    return _interval(float(value), total, min(table.shape[1] for table in model), how)
+
+
+def _interval(value: float, resampled: Floats, num_rows: int, how: Resampling) -> Interval:
+    if num_rows < 2:
         return Interval(value=value, low=-math.inf, high=math.inf, confidence=how.confidence)
     tail = (1 - how.confidence) / 2
-    low, high = (float(end) for end in np.quantile(total, [tail, 1 - tail]))
+    low, high = (float(end) for end in np.quantile(resampled, [tail, 1 - tail]))
     # Rounding of sums taken in another order must not leave the value outside its interval.
     return Interval(
-        value=float(value),
-        low=min(low, float(value)),
-        high=max(high, float(value)),
-        confidence=how.confidence,
+        value=value, low=min(low, value), high=max(high, value), confidence=how.confidence
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,10 +14,11 @@ from samara.measure.seeds import (
     mean_over_seeds,
     non_inferiority,
     pooled_difference,
+    score_over_seeds,
     score_table,
     spread,
 )
-from samara.measure.task_metrics import Item, Resampling
+from samara.measure.task_metrics import Item, Resampling, class_scores
 
 HOW = Resampling(samples=500, seed=1)
 
@@ -100,3 +102,19 @@ def test_agreement_is_over_all_pairs_of_runs():
     runs = [items([0, 0, 0, 0], list(text)) for text in ("abcd", "abcx", "abyx")]
     assert agreement(runs) == pytest.approx((3 / 4 + 2 / 4 + 3 / 4) / 3)
     assert agreement(runs[:1]) == 1.0
+
+
+def test_macro_averages_are_means_over_the_runs():
+    gold = list("aabb")
+    runs = []
+    for said in ("aabb", "abbb"):
+        run = items([0.0] * 4, list(said))
+        runs.append([replace(i, gold=(g,)) for i, g in zip(run, gold, strict=True)])
+    found = score_over_seeds("macro_recall", runs, HOW)
+    assert found.value == pytest.approx((1.0 + (0.5 + 1.0) / 2) / 2)
+    assert found.low < found.value < found.high
+    for name in ("macro_f1", "macro_precision", "macro_recall"):
+        one = score_over_seeds(name, runs[1:], HOW)
+        assert one.value == pytest.approx(class_scores(gold, list("abbb"))[name])
+    table = score_over_seeds("f1", runs, HOW)
+    assert (table.value, table.low, table.high) == (0.0, 0.0, 0.0)
