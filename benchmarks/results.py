@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import decision_page
+
 from samara.runs import read_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -241,11 +243,31 @@ def evaluation(files: Sequence[Data]) -> str:
     return "## Evaluation of the demo models\n\n" + blocks(files, show)
 
 
+def decision(files: Sequence[Data]) -> str:
+    """Methods of adaptation, side by side with full fine-tuning."""
+
+    def show(data: Data) -> str:
+        return "\n\n".join(
+            f"**{found.title}**\n\n{table(found.header, found.rows)}"
+            for found in decision_page.tables(data)
+        )
+
+    return (
+        "## Which method to adapt with\n\n"
+        "Every method got as many learning rates, judged by validation loss; *(edge)*: the best\n"
+        "was the first or last of them. Scores in points with 95 % intervals over rows and seeds;\n"
+        "*no signal*: full fine-tuning gained less than 5 points over the base, so that the task\n"
+        "tells no method from another; *return*: gain at its price less cost, over cost.\n\n"
+        + blocks(files, show)
+    )
+
+
 SECTIONS: dict[str, Callable[[Sequence[Data]], str]] = {
     "flops": flops,
     "memory": memory,
     "inference": inference,
     "evaluation": evaluation,
+    "decision": decision,
 }
 """What a file's name begins with -> the section made of such files, in the order of the page."""
 

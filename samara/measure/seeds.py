@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from samara.measure.compare import Interval
+from samara.measure.compare import CHUNK, Interval
 from samara.measure.task_metrics import MACRO, METRICS, ClassCounts, Item, Resampling
 
 Floats = npt.NDArray[np.float64]
@@ -50,31 +50,35 @@ def score_over_seeds(name: str, runs: Sequence[Sequence[Item]], how: Resampling)
 
 
 def _macro_over_seeds(name: str, runs: Sequence[Sequence[Item]], how: Resampling) -> Interval:
-    """Rows weigh as often as they were drawn; a macro average is one of a weighted confusion."""
+    """Rows weigh as often as they were drawn; a macro average is one of weighted counts."""
     said = [[(item.gold[0], item.prediction) for item in run] for run in runs]
-    labels = sorted({label for run in said for pair in run for label in pair})
-    place = {label: number for number, label in enumerate(labels)}
-    codes = np.array([[place[g] * len(labels) + place[p] for g, p in run] for run in said])
+    labels = np.array(sorted({label for run in said for pair in run for label in pair}))
 
-    def score(run: int, weights: Floats) -> float:
-        size = len(labels)
-        counts_gp = np.bincount(codes[run], weights=weights, minlength=size**2).reshape(size, size)
-        counts = ClassCounts(
-            right=counts_gp.diagonal(), predicted=counts_gp.sum(axis=0), gold=counts_gp.sum(axis=1)
-        )
-        return float(MACRO[name](counts))
+    def scores(weights_sr: Floats) -> Floats:
+        """Macro average of each run under each weighting, (samples, runs)."""
+        found = []
+        for run in said:
+            gold_rl, predicted_rl = (
+                (np.array([pair[side] for pair in run])[:, None] == labels).astype(np.float64)
+                for side in (0, 1)
+            )
+            counts = ClassCounts(
+                right=weights_sr @ (gold_rl * predicted_rl),
+                predicted=weights_sr @ predicted_rl,
+                gold=weights_sr @ gold_rl,
+            )
+            found.append(MACRO[name](counts))
+        return np.stack(found, axis=1)
 
-    num_runs, num_rows = codes.shape
-    value = sum(score(run, np.ones(num_rows)) for run in range(num_runs)) / num_runs
+    num_rows = len(said[0])
+    value = float(scores(np.ones((1, num_rows))).mean())
     generator = np.random.default_rng(how.seed)
-    found = np.empty(how.samples)
-    for number in range(how.samples):
-        weights = np.bincount(
-            generator.integers(0, num_rows, size=num_rows), minlength=num_rows
-        ).astype(np.float64)
-        drawn = generator.integers(0, num_runs, size=num_runs)
-        found[number] = sum(score(int(run), weights) for run in drawn) / num_runs
-    return _interval(value, found, num_rows, how)
+    drawn = [
+        (scores(_draws(generator, size, num_rows)) * _draws(generator, size, len(runs))).sum(axis=1)
+        / len(runs)
+        for size in _chunks(how.samples, num_rows)
+    ]
+    return _interval(value, np.concatenate(drawn), num_rows, how)
 
 
 def mean_over_seeds(table: Floats, how: Resampling) -> Interval:
@@ -119,15 +123,25 @@ def _interval(value: float, resampled: Floats, num_rows: int, how: Resampling) -
 def _resampled(one: Floats, other: Floats, generator: np.random.Generator, samples: int) -> Floats:
     """Differences of means of ``samples`` resamples of the rows, and of the runs of either."""
     rows = one.shape[1]
-    found = np.empty(samples)
-    for number in range(samples):
-        counts = np.bincount(generator.integers(0, rows, size=rows), minlength=rows)
-        a_r, b_r = (
-            table[generator.integers(0, len(table), size=len(table))].mean(axis=0)
-            for table in (one, other)
+    found = []
+    for size in _chunks(samples, rows):
+        counts_sr = _draws(generator, size, rows)
+        a_sr, b_sr = (
+            _draws(generator, size, len(table)) @ table / len(table) for table in (one, other)
         )
-        found[number] = float(counts @ (a_r - b_r)) / rows
-    return found
+        found.append((counts_sr * (a_sr - b_sr)).sum(axis=1) / rows)
+    return np.concatenate(found)
+
+
+def _draws(generator: np.random.Generator, samples: int, size: int) -> Floats:
+    """How often each of ``size`` things is drawn in as many draws, (samples, size)."""
+    return generator.multinomial(size, np.full(size, 1 / size), size=samples).astype(np.float64)
+
+
+def _chunks(samples: int, rows: int) -> list[int]:
+    """Resamples done at once: bounds the memory whatever the number of rows."""
+    most = max(1, CHUNK // max(rows, 1))
+    return [min(most, samples - start) for start in range(0, samples, most)]
 
 
 def non_inferiority(difference: Interval, margin: float) -> NonInferiority:
