@@ -230,5 +230,7 @@ def test_a_reference_may_name_a_file_of_an_earlier_stage(tmp_path):
     config = stage.config({"data": tmp_path})
     assert config.data.train == str(tmp_path / "documents" / "train.jsonl")
     resolved = recipe.resolved()
-    assert resolved["stages"]["x"]["finetune"]["data"]["train"] == "stage:data/documents/train.jsonl"
+    assert (
+        resolved["stages"]["x"]["finetune"]["data"]["train"] == "stage:data/documents/train.jsonl"
+    )
     assert parse_recipe(resolved).fingerprints() == recipe.fingerprints()
