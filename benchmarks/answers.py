@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from record import Record, add_json_option
 from transformers import PreTrainedTokenizerFast
 
 from samara.data.chat import ChatEncoder, ChatRows
@@ -108,14 +110,21 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--device", default="cpu")
+    add_json_option(parser)
     arguments = parser.parse_args()
-    result = {
-        "data_hash": hash_file(arguments.data),
-        "models": {
-            str(path): measure(model_folder(path), arguments.data, arguments)
-            for path in arguments.models
-        },
-    }
+    data_hash = hash_file(arguments.data)
+    record = Record(
+        arguments.json,
+        script=__file__,
+        arguments=sys.argv[1:],
+        device=arguments.device,
+        settings={**{key: str(value) for key, value in vars(arguments).items()}, "hash": data_hash},
+    )
+    for path in arguments.models:
+        record.add({"model": str(path), **measure(model_folder(path), arguments.data, arguments)})
+    record.finish()
+    models = {row.pop("model"): row for row in record.rows}
+    result = {"data_hash": data_hash, "models": models}
     print(json.dumps(result, indent=2, ensure_ascii=False))
 
 

@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
+
+from record import Record, add_json_option
 
 from samara.data.openelm_path import ChunkRules, PathCost, compare_paths
 from samara.data.prepare import PreparedCorpus
@@ -37,8 +40,10 @@ def main() -> None:
     for rule in fields(ChunkRules):
         option = f"--{rule.name.replace('_', '-')}"
         parser.add_argument(option, type=int, default=rule.default, help=f"({rule.default})")
+    add_json_option(parser)
     arguments = vars(parser.parse_args())
     corpus = PreparedCorpus.open(arguments.pop("corpus"))
+    path = arguments.pop("json")
     rules = ChunkRules(**arguments)
     texts = (document.text for document in corpus.documents("train"))
     found = compare_paths(texts, TextTokenizer.load(corpus.tokenizer_folder), rules=rules)
@@ -49,6 +54,11 @@ def main() -> None:
         "openelm": cost(found.openelm),
         "packed": cost(found.packed),
     }
+    record = Record(
+        path, script=__file__, arguments=sys.argv[1:], device="cpu", settings=asdict(rules)
+    )
+    record.add(result)
+    record.finish()
     print(json.dumps(result, indent=2))
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/inference.py                                    # small models, this CPU
     python benchmarks/inference.py --size 270m --device cuda --precision bfloat16
-    python benchmarks/inference.py --json inference.json              # with commit and machine
+    python benchmarks/inference.py --json inference.json              # whole after every case
     python benchmarks/inference.py --smoke                            # does it run at all
 
 Designs of one size class: ``layer-wise`` (OpenELM), ``uniform`` (of equal parameters), ``cola``
@@ -29,10 +29,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from record import Record, add_json_option
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
@@ -42,7 +42,6 @@ from samara.model.config import ColaConfig, ModelConfig
 from samara.model.configuration import SamaraConfig
 from samara.model.layers import RMSNorm
 from samara.model.modeling import SamaraForCausalLM
-from samara.runs import environment, write_json
 
 DESIGNS = ("layer-wise", "uniform", "cola", "llama")
 MODES = ("dynamic", "static", "compiled")
@@ -302,7 +301,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--prompt-length", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write all of it, with commit and machine")
+    add_json_option(parser)
     parser.add_argument("--smoke", action="store_true", help="toy size, a second")
     if "--smoke" in arguments:
         parser.set_defaults(
@@ -319,26 +318,18 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Print a row per case; write them as JSON if asked to."""
     options = parse(arguments)
+    record = Record(
+        options.json,
+        script=__file__,
+        arguments=arguments,
+        device=options.device,
+        settings=vars(options),
+    )
     print(HEADER, flush=True)
-    rows = []
     for row in cases(options):
-        rows.append(row)
+        record.add(row)
         print(line(row), flush=True)
-    if options.json is not None:
-        machine = environment()
-        if torch.device(options.device).type == "cuda":
-            machine["cuda"] = torch.cuda.get_device_name()
-        settings = {key: value for key, value in vars(options).items() if key != "json"}
-        write_json(
-            options.json,
-            {
-                "command": f"python benchmarks/inference.py {' '.join(arguments)}",
-                "environment": machine,
-                "threads": torch.get_num_threads(),
-                "settings": settings,
-                "rows": rows,
-            },
-        )
+    record.finish()
 
 
 if __name__ == "__main__":

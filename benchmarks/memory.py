@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py                  # three shapes and more on this machine's CPU
     python benchmarks/memory.py --device cuda    # the same on a GPU
-    python benchmarks/memory.py --json           # with commit and machine
+    python benchmarks/memory.py --json memory-cpu.json    # whole after every case
 
 Every case trains in a process of its own, through the real loop, three optimizer steps. On CUDA
 the measured figure is the peak of allocated tensor bytes. On CPU it is the peak of resident memory
@@ -17,15 +17,15 @@ above that of the process when all is loaded and a tiny model has trained once, 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from record import Record, add_json_option
+
 STEPS = 3
 MMAP_THRESHOLD = "131072"
 
@@ -172,40 +172,58 @@ def in_fresh_process(index: int, device: str, **environment: str) -> int:
     return int(done.stdout)
 
 
-def main() -> None:
-    """Print a line per case, or all of it as JSON."""
+def measured(index: int, device: str) -> dict[str, int]:
+    """The peaks of a case, by what they are called in a row."""
+    if device == "cuda":
+        return {"measured": in_fresh_process(index, "cuda")}
+    return {
+        "measured": in_fresh_process(index, "cpu", MALLOC_MMAP_THRESHOLD_=MMAP_THRESHOLD),
+        "default_heap": in_fresh_process(index, "cpu"),
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the printed table."""
+    heap = f"  default heap {row['default_heap'] / 1e6:7.0f}" if "default_heap" in row else ""
+    return (
+        f"{row['name']:24} predicted {row['predicted'] / 1e6:7.0f} MB  "
+        f"measured {row['measured'] / 1e6:7.0f} MB  "
+        f"{row['predicted'] / row['measured'] - 1:+6.1%}{heap}"
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print a line per case; write them as JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", action="store_true", help="print JSON, with commit and machine")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="cases; left out: all")
+    add_json_option(parser)
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.case is not None:
-        print(measure(CASES[arguments.case], arguments.device))
+    options = parser.parse_args(arguments)
+    if options.case is not None:
+        print(measure(CASES[options.case], options.device))
         return
-    rows = []
+    names = [case.name for case in CASES]
+    unknown = [name for name in options.only or () if name not in names]
+    if unknown:
+        parser.error(f"--only {unknown[0]}: no such case; there are {', '.join(names)}")
+    settings = {"device": options.device, "steps": STEPS, "only": options.only}
+    record = Record(
+        options.json,
+        script=__file__,
+        arguments=arguments,
+        device=options.device,
+        settings=settings,
+    )
     for index, case in enumerate(CASES):
-        row = {**asdict(case), "predicted": predict(case, arguments.device)}
-        if arguments.device == "cpu":
-            row["measured"] = in_fresh_process(index, "cpu", MALLOC_MMAP_THRESHOLD_=MMAP_THRESHOLD)
-            row["default_heap"] = in_fresh_process(index, "cpu")
-        else:
-            row["measured"] = in_fresh_process(index, "cuda")
-        rows.append(row)
-        if not arguments.json:
-            heap = (
-                f"  default heap {row['default_heap'] / 1e6:7.0f}" if "default_heap" in row else ""
-            )
-            error = row["predicted"] / row["measured"] - 1
-            print(
-                f"{case.name:24} predicted {row['predicted'] / 1e6:7.0f} MB  "
-                f"measured {row['measured'] / 1e6:7.0f} MB  {error:+6.1%}{heap}",
-                flush=True,
-            )
-    if arguments.json:
-        from samara.runs import environment
-
-        print(json.dumps({"environment": environment(), "cases": rows}, indent=2))
+        if options.only and case.name not in options.only:
+            continue
+        predicted = predict(case, options.device)
+        row = {**asdict(case), "predicted": predicted, **measured(index, options.device)}
+        record.add(row)
+        print(line(row), flush=True)
+    record.finish()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from typing import Any
 
 import torch
+from record import Record, add_json_option
 
 from samara.model.config import ColaConfig, ModelConfig
 from samara.model.configuration import SamaraConfig
@@ -32,15 +34,22 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--compile", action="store_true")
+    add_json_option(parser)
     options = parser.parse_args()
+    record = Record(
+        options.json,
+        script=__file__,
+        arguments=sys.argv[1:],
+        device=options.device,
+        settings=vars(options),
+    )
     for design in ("dense", "cola"):
         modes = ("none", "layer") if design == "dense" else ("none", "layer", "cola_m")
         for mode in modes:
-            print(
-                json.dumps(
-                    {"design": design, "checkpointing": mode, **measure(options, design, mode)}
-                )
-            )
+            row = {"design": design, "checkpointing": mode, **measure(options, design, mode)}
+            record.add(row)
+            print(json.dumps(row), flush=True)
+    record.finish()
 
 
 def measure(options: argparse.Namespace, design: str, mode: Any) -> dict[str, float]:

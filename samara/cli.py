@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 import typer.core
 
-from samara import delta_commands
+from samara import delta_commands, registry_commands
 from samara.errors import ConfigError, SamaraError, Stopped
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ app = typer.Typer(
 )
 
 app.add_typer(delta_commands.app, name="delta")
+app.add_typer(registry_commands.app, name="registry")
 
 RecipeArgument = Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)]
 Overrides = Annotated[
@@ -93,6 +94,17 @@ def pretrain(
     Example: samara pretrain recipes/cola-60m.yaml optimizer.lr=3e-3 --out runs/cola-60m
     """
     _work(recipe, overrides, out, verb="pretrain", dry_run=dry_run)
+
+
+@app.command()
+def grow(
+    recipe: RecipeArgument, overrides: Overrides = None, out: Out = None, dry_run: DryRun = False
+) -> None:
+    """Grow a trained model: race growth operators from its checkpoint, train the winner on.
+
+    Example: samara grow recipes/grow.yaml source=runs/own-text --out runs/grow
+    """
+    _work(recipe, overrides, out, verb="grow", dry_run=dry_run)
 
 
 @app.command()
@@ -355,6 +367,12 @@ def generate(
     compile_: Annotated[
         bool, typer.Option("--compile", help="Compile the decoding step (static cache).")
     ] = False,
+    draft: Annotated[
+        Path | None, typer.Option(help="A smaller model of the same tokenizer, to guess ahead.")
+    ] = None,
+    prompt_lookup: Annotated[
+        int, typer.Option(min=0, help="Guess so many tokens ahead from the text itself; 0: none.")
+    ] = 0,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
     precision: Annotated[Literal["float32", "bfloat16"], typer.Option()] = "float32",
 ) -> None:
@@ -367,6 +385,9 @@ def generate(
 
     texts = [_standard_input() if prompt == "-" else prompt for prompt in prompts or [""]]
     saved = open_language_model(model, device=device, precision=precision, batch_size=batch_size)
+    guessing = None
+    if draft is not None:
+        guessing = open_language_model(draft, device=device, precision=precision).language_model
     settings = GenerationSettings(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -376,6 +397,7 @@ def generate(
         seed=seed,
         cache=cache,
         compile=compile_,
+        prompt_lookup=prompt_lookup,
     )
 
     def show(index: int, piece: str) -> None:
@@ -383,7 +405,7 @@ def generate(
             piece = ("\n\n" if index else "") + ("" if chat else texts[index])
         typer.echo(piece, nl=False)
 
-    generate_texts(saved.language_model, texts, settings, chat=chat, on_text=show)
+    generate_texts(saved.language_model, texts, settings, chat=chat, draft=guessing, on_text=show)
     typer.echo()
 
 

@@ -79,6 +79,10 @@ class GateError(RegistryError):
     """A version does not pass the gates of the alias it was to be given."""
 
 
+class RaceError(SamaraError):
+    """No candidate of a growth is left to go on with."""
+
+
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the nearest of ``options``, else the list of them.
 

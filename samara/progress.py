@@ -86,3 +86,9 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def say(line: str) -> None:
+    """Tell the user something that stays: a line on standard error."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()

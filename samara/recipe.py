@@ -10,8 +10,9 @@ A recipe names one verb, or chains several as ``stages``:
                                       data: {prepare: …}
                                       dense: {pretrain: {data: {corpus: stage:data}, …}}
 
-A value ``stage:NAME`` means the folder of an earlier stage. ``defaults`` holds, per verb, what its
-stages share; a stage's own keys win. There is no inheritance between files.
+A value ``stage:NAME`` means the folder of an earlier stage, ``stage:NAME/FILE`` something in it.
+``defaults`` holds, per verb, what its stages share; a stage's own keys win. There is no inheritance
+between files.
 
 Nothing here imports torch; a verb's module is imported when it runs.
 """
@@ -31,6 +32,7 @@ from samara.adapt.config import FinetuneConfig
 from samara.config import Config, apply_overrides, load_yaml, merge, validate
 from samara.data.config import PrepareConfig
 from samara.errors import ConfigError, did_you_mean
+from samara.growth.config import GrowConfig
 from samara.measure.config import EvaluateConfig
 from samara.report.config import ReportConfig
 from samara.runs import RunFolder, hash_json
@@ -57,6 +59,7 @@ class Verb:
 VERBS: dict[str, Verb] = {
     "prepare": Verb(config=PrepareConfig, function="samara.data.prepare:prepare_verb"),
     "pretrain": Verb(config=PretrainConfig, function="samara.train.pretrain:pretrain"),
+    "grow": Verb(config=GrowConfig, function="samara.growth.grow:grow_verb"),
     "instruct": Verb(config=InstructConfig, function="samara.train.instruct:instruct"),
     "finetune": Verb(config=FinetuneConfig, function="samara.adapt.finetune:finetune"),
     "evaluate": Verb(config=EvaluateConfig, function="samara.measure.evaluate:evaluate"),
@@ -71,6 +74,8 @@ class StageConfig(Config):
     """Text in; documents, tokenizer and token shards out."""
     pretrain: PretrainConfig | None = None
     """Corpus in; checkpoint out."""
+    grow: GrowConfig | None = None
+    """Checkpoint in; a larger one out that trained on."""
     instruct: InstructConfig | None = None
     """Model and conversations in; a model that answers out."""
     finetune: FinetuneConfig | None = None
@@ -255,7 +260,7 @@ def _references(value: Any, path: str, earlier: Mapping[str, Stage]) -> tuple[st
         ConfigError: If one is not an earlier stage.
     """
     if isinstance(value, str) and value.startswith(REFERENCE):
-        name = value.removeprefix(REFERENCE)
+        name = value.removeprefix(REFERENCE).partition("/")[0]
         if name not in earlier:
             raise ConfigError(
                 f"{path}: no earlier stage is called '{name}'{did_you_mean(name, earlier)}"
@@ -272,7 +277,8 @@ def _references(value: Any, path: str, earlier: Mapping[str, Stage]) -> tuple[st
 
 def _bind(value: Any, folders: Mapping[str, Path]) -> Any:
     if isinstance(value, str) and value.startswith(REFERENCE):
-        return str(folders[value.removeprefix(REFERENCE)])
+        name, _, inside = value.removeprefix(REFERENCE).partition("/")
+        return str(folders[name] / inside)
     if isinstance(value, Mapping):
         return {key: _bind(item, folders) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -19,6 +19,7 @@ from samara.adapt.config import FullMethod, SparseMethod
 from samara.adapt.models import TaskModel
 from samara.errors import CheckpointError
 from samara.model.disk_errors import disk_errors
+from samara.registry.records import Evaluation
 from samara.runs import (
     RunFolder,
     environment,
@@ -32,7 +33,7 @@ from samara.sparse.attach import Attachment
 from samara.sparse.auto import TrialRun, choose_score
 from samara.sparse.calibration import Calibration
 from samara.sparse.delta import SelectedEntries, delta_from_entries
-from samara.sparse.delta_records import Cost, Evaluation, Provenance, Selector, Train
+from samara.sparse.delta_records import Cost, Provenance, Selector, Train
 from samara.sparse.expansion import Expansion
 from samara.sparse.memory import sparse_memory
 from samara.sparse.selection import select

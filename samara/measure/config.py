@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from samara.config import Config
+from samara.data.objectives import CausalObjective, Objective
 
 
 class SamplingConfig(Config):
@@ -27,6 +28,9 @@ class EvaluateConfig(Config):
     corpus: str
     """A prepared folder or `stage:NAME`."""
     split: Literal["validation", "test"] = "validation"
+    objective: Objective = CausalObjective()
+    """What the models were trained for. `masked_lm` (the loss at masked tokens; its exponential is
+    a pseudo-perplexity) and `ul2` draw the same noise for every model and in every run."""
     sequence_length: PositiveInt = 256
     batch_size: PositiveInt = 16
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -37,6 +41,7 @@ class EvaluateConfig(Config):
     bootstrap_samples: PositiveInt = 2000
     """Resamples of the documents behind every interval."""
     sampling: SamplingConfig | None = SamplingConfig()
+    """Left out: none. A masked model writes none either."""
     seed: NonNegativeInt = 0
 
 

@@ -17,10 +17,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from samara.errors import ConfigError
 from samara.measure.budget import Budget, Checkpointing, LayerBudget, budget
 from samara.measure.config import DeviceProfile
-from samara.measure.devices import device_profile, estimated_cost
+from samara.measure.devices import device_profile, estimated_cost, peak_flops
 from samara.measure.memory import OptimizerKind, Precision, training_memory
 from samara.model.config import ModelConfig
 
@@ -153,14 +152,10 @@ def estimated_speed(
         ConfigError: If the profile has no peak for the design's precision.
     """
     length, mode = item.sequence_length, item.activation_checkpointing
-    if item.precision not in profile.peak_flops:
-        raise ConfigError(
-            f"device profile '{profile.name}': has no peak_flops for {item.precision}, in which "
-            f"{item.name} is trained; add it, or train in {next(iter(profile.peak_flops), 'none')}"
-        )
+    peak = peak_flops(profile, item.precision, trained=item.name)
     work = costs.flops_per_token(length, "causal").training
     work += costs.recompute_flops_per_token(length, mode, "causal")
-    return utilization * profile.peak_flops[item.precision] / work
+    return utilization * peak / work
 
 
 def _estimate(
@@ -332,6 +327,7 @@ ROWS: tuple[_Row, ...] = tuple(
         ("  gradients", lambda d: d["memory"]["gradients"], _bytes),
         ("  optimizer", lambda d: d["memory"]["optimizer"], _bytes),
         ("  activations", lambda d: d["memory"]["activations"], _bytes),
+        ("  kernels", lambda d: d["memory"]["kernels"], _bytes),
         ("token budget", lambda d: d["training"]["tokens"], lambda v: prefixed(v, "")),
         ("FLOPs of the run", lambda d: d["training"]["flops"], _flops),
         ("estimated tokens/s", lambda d: d["estimate"]["tokens_per_second"], _whole),

@@ -12,7 +12,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from samara.config import load_yaml, validate
 from samara.errors import ConfigError, did_you_mean
@@ -80,6 +80,28 @@ def device_profile(name: str | Path, *, device: str = "auto") -> DeviceProfile:
             f"device profile '{text}' is not built in{hint}; or give the path of a .yaml file"
         )
     return _built_in(text)
+
+
+def peak_flops(
+    profile: DeviceProfile, precision: Literal["float32", "bfloat16"], *, trained: str
+) -> float:
+    """FLOP/s of a device at a precision.
+
+    Args:
+        profile: The device.
+        precision: What products run in.
+        trained: What is trained so, for the message.
+
+    Raises:
+        ConfigError: If the profile does not say.
+    """
+    known = profile.peak_flops
+    if precision not in known:
+        raise ConfigError(
+            f"device profile '{profile.name}': has no peak_flops for {precision}, in which "
+            f"{trained} is trained; add it, or train in {next(iter(known), 'none')}"
+        )
+    return known[precision]
 
 
 def built_in_profiles() -> list[str]:

@@ -3,27 +3,39 @@
 Every model reads the same documents of the corpus. The run folder gets ``results.json``: loss,
 perplexity and bits per byte with document bootstrap intervals, text samples, and for every model
 but the first its paired difference to the first, the baseline.
+
+Under another objective than next-token prediction every model gets the same masks or denoisers.
+Then rows are resampled instead of documents (:mod:`samara.measure.loss`), there are no bits per
+byte, and the perplexity of a masked model is that of its masked tokens, each predicted from both
+sides: a pseudo-perplexity, comparable only between masked models.
 """
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
+from transformers import PreTrainedModel
 
+from samara.data.objective_rows import objective_rows, objective_tokenizer
+from samara.data.objectives import CausalObjective, MaskedObjective, UL2Objective
 from samara.data.prepare import PreparedCorpus
+from samara.data.rows import Rows
 from samara.data.tokenizer import TextTokenizer
-from samara.data.tokens import PackedSequences
 from samara.errors import ConfigError
 from samara.measure.compare import Interval, paired_difference, ratio_interval, verdict
 from samara.measure.config import EvaluateConfig
 from samara.measure.language_model import LanguageModel
-from samara.measure.language_model_folder import SavedLanguageModel, open_language_model
+from samara.measure.language_model_folder import open_head, open_language_model
 from samara.measure.loss import LossResult, evaluate_loss, perplexity, rows_within
 from samara.measure.sampling import Sample, sample_texts
+from samara.model.heads import MASKED
+from samara.model.modeling import SamaraForCausalLM
 from samara.progress import ProgressLine
 from samara.runs import Lineage, RunFolder, write_json
 
@@ -41,80 +53,146 @@ class ModelScore:
     samples: tuple[Sample, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """A model on its device, ready to be scored; ``language_model`` where it can write."""
+
+    model: PreTrainedModel
+    folder: Path
+    weights_hash: str
+    max_length: int
+    language_model: LanguageModel | None
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
+
+@dataclass(frozen=True, kw_only=True)
+class _HeldOut:
+    """What every model is asked: rows of a corpus' split, and the tokenizer that made them."""
+
+    corpus: PreparedCorpus
+    tokenizer: TextTokenizer
+    rows: Rows
+
+
 def evaluate(config: EvaluateConfig, run: RunFolder) -> None:
     """Score the models and write ``results.json`` to the run folder.
 
     Raises:
         ConfigError: If a model's tokens are not the corpus', or its context is too short.
-        CheckpointError: If a folder holds no complete model with its tokenizer.
+        CheckpointError: If a folder holds no complete model of the objective's kind with its
+            tokenizer.
         DataError: If the corpus or its split is missing or damaged.
     """
     corpus = PreparedCorpus.open(config.corpus)
-    dataset = PackedSequences(corpus.tokens(config.split), sequence_length=config.sequence_length)
-    scores = {
-        name: _score(name, Path(path).expanduser(), config, corpus, dataset)
-        for name, path in config.models.items()
-    }
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = objective_tokenizer(
+            config.objective,
+            corpus.tokenizer_folder,
+            Path(scratch) / "tokenizer",
+            sequence_length=config.sequence_length,
+        )
+        rows = objective_rows(
+            config.objective,
+            corpus.tokens(config.split),
+            tokenizer,
+            sequence_length=config.sequence_length,
+        )
+        held_out = _HeldOut(corpus=corpus, tokenizer=tokenizer, rows=rows)
+        scores = {
+            name: _score(name, Path(path).expanduser(), config, held_out)
+            for name, path in config.models.items()
+        }
     weights = {f"models.{name}": score.weights_hash for name, score in scores.items()}
     run.write_lineage(Lineage(parents={"data": corpus.hash, **weights}))
     write_json(run.path / "results.json", _results(config, corpus, scores))
 
 
-def _score(
-    name: str, path: Path, config: EvaluateConfig, corpus: PreparedCorpus, dataset: PackedSequences
-) -> ModelScore:
-    # Weights stay float32: bfloat16 is autocast here, as in training.
-    saved = open_language_model(path, device=config.device, batch_size=config.batch_size)
-    language_model = saved.language_model
-    _check_tokens(name, saved, corpus, config.split)
-    _check_context(name, language_model, config.sequence_length)
-    num_rows = rows_within(dataset, config.max_tokens)
+def _score(name: str, path: Path, config: EvaluateConfig, held_out: _HeldOut) -> ModelScore:
+    opened = _open(name, path, config)
+    _check_tokens(name, opened, held_out, config.split)
+    _check_context(name, opened.max_length, config.sequence_length)
+    num_rows = rows_within(held_out.rows, config.max_tokens)
     with ProgressLine(f"evaluate {name}", total=num_rows, unit="rows") as line:
         result = evaluate_loss(
-            language_model.model,
-            dataset,
+            opened.model,
+            held_out.rows,
             batch_size=config.batch_size,
-            device=language_model.device,
+            device=opened.device,
             precision=config.precision,
             max_tokens=config.max_tokens,
             on_progress=line.update,
         )
     samples: list[Sample] = []
-    if config.sampling is not None:
-        samples = sample_texts(language_model, config.sampling, seed=config.seed)
+    if config.sampling is not None and opened.language_model is not None:
+        samples = sample_texts(opened.language_model, config.sampling, seed=config.seed)
     return ModelScore(
         path=str(path),
-        weights_hash=saved.weights_hash,
+        weights_hash=opened.weights_hash,
         result=result,
         samples=tuple(samples),
     )
 
 
-def _check_tokens(name: str, saved: SavedLanguageModel, corpus: PreparedCorpus, split: str) -> None:
+def _open(name: str, path: Path, config: EvaluateConfig) -> _Opened:
+    # Weights stay float32: bfloat16 is autocast here, as in training.
+    if isinstance(config.objective, MaskedObjective):
+        saved = open_head(path, MASKED, device=config.device)
+        return _Opened(
+            model=saved.model,
+            folder=saved.folder,
+            weights_hash=saved.weights_hash,
+            max_length=saved.model.config.max_position_embeddings,
+            language_model=None,
+        )
+    causal = open_language_model(path, device=config.device, batch_size=config.batch_size)
+    asked = causal.language_model
+    if isinstance(config.objective, UL2Objective) and not isinstance(
+        asked.model, SamaraForCausalLM
+    ):
+        raise ConfigError(
+            f"models.{name}: {causal.folder} is no model of Samara's, whose decoder sees UL2's "
+            "prefixes both ways; leave objective out to score it as a causal one"
+        )
+    return _Opened(
+        model=asked.model,
+        folder=causal.folder,
+        weights_hash=causal.weights_hash,
+        max_length=asked.max_length,
+        language_model=asked,
+    )
+
+
+def _check_tokens(name: str, opened: _Opened, held_out: _HeldOut, split: str) -> None:
     """Refuse a model that was not trained on the corpus' tokens: its loss would mean nothing.
 
     The vocabularies must be equal, and the first documents give equal tokens (a normaliser or
     splitting rule may differ).
     """
-    remedy = f"prepare the corpus with tokenizer: {{kind: load, path: {saved.folder}}}"
-    own = TextTokenizer.load(saved.folder)
-    theirs = TextTokenizer.load(corpus.tokenizer_folder)
+    corpus, theirs = held_out.corpus, held_out.tokenizer
+    remedy = f"prepare the corpus with tokenizer: {{kind: load, path: {opened.folder}}}"
+    own = TextTokenizer.load(opened.folder)
     if _vocabulary(own) != _vocabulary(theirs):
+        extended = theirs.vocab_size - corpus.vocab_size
+        marks = f" with {extended} special tokens of the objective" if extended else ""
         raise ConfigError(
-            f"models.{name}: the vocabulary of {saved.folder} ({own.vocab_size} entries) is not "
-            f"that of the corpus {corpus.folder} ({theirs.vocab_size}); {remedy}"
+            f"models.{name}: the vocabulary of {opened.folder} ({own.vocab_size} entries) is not "
+            f"that of the corpus {corpus.folder} ({theirs.vocab_size}{marks}); {remedy}"
         )
     texts = [document.text for document in islice(corpus.documents(split), COMPARED_DOCUMENTS)]
     if own.encode_batch(texts) != theirs.encode_batch(texts):
         raise ConfigError(
-            f"models.{name}: the tokenizer of {saved.folder} splits text differently from that of "
+            f"models.{name}: the tokenizer of {opened.folder} splits text differently from that of "
             f"the corpus {corpus.folder}; {remedy}"
         )
-    rows = saved.language_model.model.config.get_text_config().vocab_size
-    if rows < corpus.vocab_size:
+    rows = opened.model.config.get_text_config().vocab_size
+    if rows < theirs.vocab_size:
         raise ConfigError(
-            f"models.{name}: {saved.folder} has {rows} embedding rows, the tokens of the corpus "
-            f"{corpus.folder} need {corpus.vocab_size}; {remedy}"
+            f"models.{name}: {opened.folder} has {rows} embedding rows, the tokens of the corpus "
+            f"{corpus.folder} need {theirs.vocab_size}; {remedy}"
         )
 
 
@@ -123,11 +201,11 @@ def _vocabulary(tokenizer: TextTokenizer) -> dict[str, int]:
     return dict(loaded.get_vocab(with_added_tokens=True))
 
 
-def _check_context(name: str, language_model: LanguageModel, sequence_length: int) -> None:
-    if sequence_length > language_model.max_length:
+def _check_context(name: str, max_length: int, sequence_length: int) -> None:
+    if sequence_length > max_length:
         raise ConfigError(
             f"sequence_length: {sequence_length} exceeds the context of models.{name}, "
-            f"{language_model.max_length} tokens; make it smaller"
+            f"{max_length} tokens; make it smaller"
         )
 
 
@@ -136,11 +214,13 @@ def _results(
 ) -> dict[str, Any]:
     baseline, *others = scores
     first = scores[baseline].result
+    is_causal = isinstance(config.objective, CausalObjective)
     return {
         "schema": 1,
         "corpus_hash": corpus.hash,
         "split": config.split,
-        "num_documents": len(first.num_targets),
+        "objective": config.objective.model_dump(mode="json"),
+        "num_documents" if is_causal else "num_rows": len(first.num_targets),
         "num_tokens": int(first.num_targets.sum()),
         "models": {name: _model_entry(score, config) for name, score in scores.items()},
         "comparisons": [
@@ -154,13 +234,14 @@ def _model_entry(score: ModelScore, config: EvaluateConfig) -> dict[str, Any]:
     result = score.result
     options = _bootstrap(config)
     loss = ratio_interval(result.nll_sum, result.num_targets, **options)
-    bits_per_byte = ratio_interval(result.bits, result.num_bytes, **options)
+    has_bytes = bool(result.num_bytes.any())
+    bits_per_byte = ratio_interval(result.bits, result.num_bytes, **options) if has_bytes else None
     return {
         "path": score.path,
         "weights_hash": score.weights_hash,
         "loss": _bounds(loss),
         "perplexity": _bounds(loss.map(perplexity)),
-        "bits_per_byte": _bounds(bits_per_byte),
+        "bits_per_byte": None if bits_per_byte is None else _bounds(bits_per_byte),
         "samples": [{"prompt": s.prompt, "text": s.text} for s in score.samples],
     }
 

@@ -1,9 +1,15 @@
 """Let a model write: several prompts at once, streamed, greedy or drawn, any cache.
 
 A prompt's text does not depend on the prompts beside it. Rows are padded on the left and masked,
-and each row draws from random numbers of its own, made from the seed and the prompt: a token is
-the argmax of score - log(e), e exponential, which draws from the softmax of the scores (the Gumbel
-trick). So drawing is a matter of the scores, and ``transformers`` only ever takes the likeliest.
+and each row draws from random numbers of its own, made from the seed, the prompt and the number of
+the token: a token is the argmax of score - log(e), e exponential, which draws from the softmax of
+the scores (the Gumbel trick). So drawing is a matter of the scores, and ``transformers`` only ever
+takes the likeliest.
+
+Tokens may be guessed ahead and checked by the model in one pass, several at a time: by a smaller
+model (speculative decoding, arXiv 2211.17192) or by looking up what followed the same words earlier
+in the text. The text is the one that the model writes alone; where it is drawn too, since a draft
+draws from the same random numbers at the same place.
 
 Shapes: b batch, v vocabulary.
 """
@@ -56,6 +62,7 @@ class GenerationSettings:
         seed: Decides the draws.
         cache: ``dynamic`` grows with the text; ``static`` is allocated whole, at once.
         compile: Compile the step of one token; uses a static cache. The first step takes long.
+        prompt_lookup: Guess this many tokens at a time by looking them up in the text; 0: none.
     """
 
     max_new_tokens: int = 64
@@ -66,6 +73,7 @@ class GenerationSettings:
     seed: int = 0
     cache: Literal["dynamic", "static"] = "dynamic"
     compile: bool = False
+    prompt_lookup: int = 0
 
 
 def _ignore(index: int, piece: str) -> None:
@@ -78,6 +86,7 @@ def generate_texts(
     settings: GenerationSettings,
     *,
     chat: bool = False,
+    draft: LanguageModel | None = None,
     on_text: OnText = _ignore,
 ) -> list[str]:
     """Return what the model writes after each prompt, up to its end mark.
@@ -87,20 +96,26 @@ def generate_texts(
         prompts: Where to go on from; an empty one is the start mark.
         settings: How to write.
         chat: A prompt is what a user says; the answer is written by the tokenizer's chat template.
+        draft: A smaller model of the same tokenizer that guesses tokens ahead.
         on_text: Gets the text while it is written.
 
     Raises:
-        ConfigError: If ``max_new_tokens`` leaves no room for a prompt, or the tokenizer has no
-            chat template and one is asked for.
+        ConfigError: If ``max_new_tokens`` leaves no room for a prompt, the tokenizer has no chat
+            template and one is asked for, or the settings or the model do not go with the draft.
         DataError: If a prompt does not fit into the model's context.
         ResourceError: If compilation is asked for and this machine has no compiler.
     """
     options = _cache_options(settings, language_model.device)
+    guessing = _guessing_options(language_model, settings, draft)
     encoded = _encode(language_model, prompts, chat=chat)
     _check_room(language_model, encoded, settings.max_new_tokens)
+    if draft is not None:
+        _check_room(draft, encoded, settings.max_new_tokens, whose="the draft's")
     texts: list[str] = []
-    for start in range(0, len(prompts), language_model.batch_size):
-        batch = slice(start, start + language_model.batch_size)
+    # Rows would be right about different numbers of guesses.
+    batch_size = 1 if guessing else language_model.batch_size
+    for start in range(0, len(prompts), batch_size):
+        batch = slice(start, start + batch_size)
         streamer = _Streamer(
             language_model.tokenizer,
             encoded[batch],
@@ -115,6 +130,7 @@ def generate_texts(
                 "logits_processor": _processors(settings, prompts[batch]),
                 "streamer": streamer,
                 **options,
+                **guessing,
             },
         )
         texts += streamer.texts
@@ -142,13 +158,17 @@ def _encode(
 
 
 def _check_room(
-    language_model: LanguageModel, encoded: Sequence[Sequence[int]], max_new_tokens: int
+    language_model: LanguageModel,
+    encoded: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    whose: str = "the model's",
 ) -> None:
     context = language_model.max_length
     room = context - max_new_tokens
     if room < 1:
         raise ConfigError(
-            f"max_new_tokens: {max_new_tokens} leaves no room for a prompt in the model's "
+            f"max_new_tokens: {max_new_tokens} leaves no room for a prompt in {whose} "
             f"context of {context} tokens; make it smaller"
         )
     for ids in encoded:
@@ -156,8 +176,8 @@ def _check_room(
             shown = language_model.tokenizer.decode(list(ids[:8]), skip_special_tokens=True)
             mend = "" if len(ids) >= context else f", or max_new_tokens to {context - len(ids)}"
             raise DataError(
-                f"prompt {shown!r}…: has {len(ids)} tokens and {max_new_tokens} are to follow; the "
-                f"model's context holds {context}: shorten the prompt{mend}"
+                f"prompt {shown!r}…: has {len(ids)} tokens and {max_new_tokens} are to follow; "
+                f"{whose} context holds {context}: shorten the prompt{mend}"
             )
 
 
@@ -174,6 +194,31 @@ def _cache_options(settings: GenerationSettings, device: torch.device) -> dict[s
     if settings.cache == "static":
         return {"cache_implementation": "static", "disable_compile": True}
     return {}
+
+
+def _guessing_options(
+    language_model: LanguageModel, settings: GenerationSettings, draft: LanguageModel | None
+) -> dict[str, Any]:
+    """What ``model.generate`` wants to be told of tokens guessed ahead; empty without any."""
+    if draft is None and not settings.prompt_lookup:
+        return {}
+    name = "prompt_lookup" if draft is None else "draft"
+    if draft is not None and settings.prompt_lookup:
+        raise ConfigError("draft: guesses in place of prompt_lookup; give one of them")
+    if settings.compile or settings.cache == "static":
+        raise ConfigError(
+            f"{name}: wrong guesses are cut off the cache, which a static one does not allow; take "
+            "the dynamic cache, and leave compile out"
+        )
+    if draft is None:
+        return {"prompt_lookup_num_tokens": settings.prompt_lookup}
+    own, theirs = language_model.tokenizer, draft.tokenizer
+    if own.get_vocab() != theirs.get_vocab():
+        raise ConfigError(
+            f"draft: its tokenizer ({len(theirs)} entries) is not the model's ({len(own)}); take a "
+            "draft that was trained on the same tokens"
+        )
+    return {"assistant_model": draft.model}
 
 
 def _require_compiler(device: torch.device) -> None:
@@ -201,24 +246,35 @@ def _processors(settings: GenerationSettings, prompts: Sequence[str]) -> LogitsP
 
 
 class RowNoise(LogitsProcessor):
-    """Gumbel noise on the scores, each row's from a generator of its own."""
+    """Gumbel noise on the scores, the same for equal seeds at the same place of the text.
+
+    It knows its place from the length of what it is given, so a guess that was wrong takes no
+    random numbers away from the tokens that come in its stead.
+    """
 
     def __init__(self, seeds: Sequence[int]) -> None:
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.seeds = seeds
+        self.generator = torch.Generator()
+        self.prompt_length: int | None = None
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        del input_ids
-        drawn_bv = torch.stack(
-            [
-                torch.empty(scores.shape[-1]).exponential_(generator=generator)
-                for generator in self.generators
-            ]
-        )
+        if self.prompt_length is None:
+            self.prompt_length = input_ids.shape[1]
+        number = input_ids.shape[1] - self.prompt_length
+        drawn_bv = torch.stack([self._draw(seed, number, scores.shape[-1]) for seed in self.seeds])
         return scores - drawn_bv.to(scores.device).log()
+
+    def _draw(self, seed: int, number: int, vocab_size: int) -> Tensor:
+        self.generator.manual_seed(_seed(f"{seed}\0{number}"))
+        return torch.empty(vocab_size).exponential_(generator=self.generator)
 
 
 def _prompt_seed(seed: int, prompt: str) -> int:
-    digest = hashlib.sha256(f"{seed}\0{prompt}".encode()).digest()
+    return _seed(f"{seed}\0{prompt}")
+
+
+def _seed(text: str) -> int:
+    digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1  # torch takes 63 bits and a sign
 
 
@@ -292,12 +348,13 @@ class _Streamer(BaseStreamer):
         return [row.text for row in self.rows]
 
     def put(self, value: Tensor) -> None:
-        """Take the prompts (b, t) first, then a token of each row (b,)."""
+        """Take the prompts (b, t) first, then a token of each row (b,) or some of one (1, n)."""
         if self.current < 0:
             self._open_next()
             return
-        for row, token in zip(self.rows, value.tolist(), strict=True):
-            row.add(token)
+        for row, tokens in zip(self.rows, value.view(len(self.rows), -1).tolist(), strict=True):
+            for token in tokens:
+                row.add(token)
         self._pass_on()
 
     def end(self) -> None:

@@ -1,4 +1,4 @@
-"""Open a saved model, Samara's or any other causal one, to be asked by the tasks."""
+"""Open a saved model to be measured: any causal language model, or Samara's with another head."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from transformers.utils import logging
 from samara.errors import CheckpointError, ConfigError
 from samara.measure.language_model import LanguageModel
 from samara.model.configuration import SamaraConfig
+from samara.model.heads import Head, head_of
 from samara.model.loading import load_model
+from samara.model.modeling import SamaraPreTrainedModel
 from samara.runs import hash_weights, model_folder, read_json
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -63,6 +65,63 @@ def open_language_model(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class SavedModel:
+    """A model of Samara's under one of its heads, in evaluation mode, and where it came from."""
+
+    model: SamaraPreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+    weights_hash: str
+
+
+def open_head(
+    path: Path, head: Head, *, device: Device = "auto", precision: Precision = "float32"
+) -> SavedModel:
+    """Open a folder of one of Samara's own models.
+
+    Args:
+        path: A model folder, or the folder of a run that holds one.
+        head: What it has to be.
+        device: ``auto``: CUDA if there is one.
+        precision: Of the weights in memory.
+
+    Raises:
+        CheckpointError: If the folder holds no complete model of this head with its tokenizer.
+        ConfigError: If ``cuda`` is asked for and there is none.
+    """
+    folder, where = model_folder(path), _device(device)
+    with quiet_transformers():
+        tokenizer = load_tokenizer(folder)
+        found = saved_head(folder)
+        if found is not head:
+            kind = "no model of Samara's" if found is None else f"a {found.description}"
+            raise CheckpointError(f"{folder}: is {kind}, a {head.description} is needed here")
+        model = load_model(
+            folder, model_class=head.model_class, dtype=getattr(torch, precision), device=where
+        )
+    model.train(False)
+    return SavedModel(
+        model=model, tokenizer=tokenizer, folder=folder, weights_hash=hash_weights(folder)
+    )
+
+
+def saved_head(path: Path) -> Head | None:
+    """The head of a folder's model; None if it is not one of Samara's.
+
+    Raises:
+        CheckpointError: If the folder holds no readable ``config.json``.
+    """
+    folder = model_folder(path)
+    fields = _read_config(folder)
+    if fields["model_type"] != SamaraConfig.model_type:
+        return None
+    try:
+        return head_of(SamaraConfig.from_dict(fields))
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
+
+
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No bars and hints while loading; what matters is checked here and raised."""
@@ -85,17 +144,23 @@ def _device(name: Device) -> torch.device:
     return torch.device(name)
 
 
+def _read_config(folder: Path) -> dict[str, Any]:
+    _check_folder(folder)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: holds no config.json, so it is no saved model")
+    fields = read_json(folder / "config.json")
+    if not isinstance(fields, dict) or "model_type" not in fields:
+        raise CheckpointError(f"{folder / 'config.json'}: names no model_type")
+    return fields
+
+
 def load_causal_model(folder: Path, *, dtype: torch.dtype | None) -> Any:
     """Load any causal language model, strictly; ``dtype`` None: as it is stored.
 
     Raises:
         CheckpointError: If the folder holds no complete model.
     """
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: holds no config.json, so it is no saved model")
-    fields = read_json(folder / "config.json")
-    if not isinstance(fields, dict) or "model_type" not in fields:
-        raise CheckpointError(f"{folder / 'config.json'}: names no model_type")
+    fields = _read_config(folder)
     if fields["model_type"] == SamaraConfig.model_type:
         return load_model(folder, dtype=dtype)
     try:
@@ -119,14 +184,18 @@ def load_causal_model(folder: Path, *, dtype: torch.dtype | None) -> Any:
     return model
 
 
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; give a folder with a saved model")
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder.
 
     Raises:
         CheckpointError: If there is none that can be loaded.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; give a folder with a saved model")
+    _check_folder(folder)
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise CheckpointError(
             f"{folder}: holds no tokenizer; copy the tokenizer files of the model into it"

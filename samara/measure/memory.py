@@ -6,12 +6,13 @@ the chunks of the cross-entropy, and the largest passing tensors. ``total`` is t
 the way, which is less than the sum of all parts: a layer's activations are gone by the time the
 gradients of the layers below it arrive.
 
-What is counted are bytes of tensors. ``benchmarks/memory.py`` compares them with measured peaks:
-within 2 % in float32 on CPU, up to 12 % too low in bfloat16, whose kernels need room of their own.
-CUDA's caching allocator adds its blocks' round-off, and the context (about 0.5 GB). On a CPU the
-process takes 1.2 to 1.9 times its tensors, as measured: glibc's heap keeps freed blocks too
-fragmented to be used again. That is no property of the design, and outside the estimate.
-``torch.compile`` fuses and recomputes on its own and takes less.
+What is counted are bytes of tensors, and what the libraries of products keep beside them: cuBLAS a
+workspace for each thread that launches, oneDNN (bfloat16 on CPU) the code of every product of
+another shape. ``benchmarks/memory.py`` compares with measured peaks; docs/results.md has its table.
+CUDA's context (about 0.5 GB) comes on top. On a CPU the process takes 1.2 to 1.9 times its tensors,
+as measured: glibc's heap keeps freed blocks too fragmented to be used again. That is no property of
+the design, and outside the estimate. ``torch.compile`` fuses and recomputes on its own and takes
+less.
 
 Everything is in bytes. Names: n tokens of a micro-batch, d hidden, f FFN width, v vocabulary.
 """
@@ -19,6 +20,7 @@ Everything is in bytes. Names: n tokens of a micro-batch, d hidden, f FFN width,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from samara.measure.budget import Budget, Checkpointing, LayerBudget, budget
@@ -35,6 +37,16 @@ INDEX = 8
 # Tensors of int64 that a micro-batch consists of: ids, targets, positions, documents.
 BATCH_TENSORS = 4
 
+CUBLAS_WORKSPACE = 32 * 2**20
+"""PyTorch's workspace of a cuBLAS handle on Hopper and Blackwell; 8.1 MiB before."""
+CUBLAS_HANDLES = 2
+"""One of the thread that runs forward, one of autograd's for backward."""
+PRODUCT_CODE = 560_000
+"""What a bfloat16 product of a shape of its own takes in oneDNN: the kernel generated for it
+(measured on AMD EPYC with AVX-512: 0.54 to 0.58 MB whatever the shape; nothing in float32)."""
+MAX_PRODUCTS = 1024
+"""oneDNN keeps the newest ones."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
@@ -46,6 +58,7 @@ class Memory:
         optimizer: Moments, float32.
         activations: All that forward leaves for backward at its largest, autocast's copies of the
             weights and the gradients that the fused cross-entropy takes ahead included.
+        kernels: What the libraries of products keep, no tensors.
         total: The peak over a step. Not the sum: not all of them are there at once.
     """
 
@@ -53,6 +66,7 @@ class Memory:
     gradients: int
     optimizer: int
     activations: int
+    kernels: int
     total: int
 
 
@@ -89,10 +103,11 @@ def training_memory(
         gate_silu=design.cola is None or design.cola.activation == "both",
     )
     weights = FLOAT32 * costs.parameters.total
+    kernels = _kernels(costs, shape)
     step = _Step(
         costs=costs,
         shape=shape,
-        fixed=weights + _optimizer_state(costs, optimizer),
+        fixed=weights + _optimizer_state(costs, optimizer) + kernels,
         accumulates=accumulates,
         chunk_elements=CHUNK_ELEMENTS[device],
     )
@@ -101,6 +116,7 @@ def training_memory(
         gradients=weights,
         optimizer=_optimizer_state(costs, optimizer),
         activations=step.activations,
+        kernels=kernels,
         total=max(step.cross_entropy(), step.backward(), step.update()),
     )
 
@@ -111,6 +127,24 @@ def _optimizer_state(costs: Budget, optimizer: OptimizerKind) -> int:
         return 2 * FLOAT32 * parameters.total
     hidden = parameters.attention + parameters.ffn
     return FLOAT32 * hidden + 2 * FLOAT32 * (parameters.embedding + parameters.norms)
+
+
+def _kernels(costs: Budget, shape: _Shape) -> int:
+    """What is kept beside tensors for the products of forward and backward."""
+    if shape.on_cuda:
+        return CUBLAS_HANDLES * CUBLAS_WORKSPACE
+    if not shape.mixed:
+        return 0
+    matrices = {(costs.hidden_size, costs.vocab_size)}
+    for layer in costs.layers:
+        for item in layer.linears.values():
+            ranks = (item.rank,) if item.rank else ()
+            matrices.update(pairwise((item.in_features, *ranks, item.out_features)))
+    products = 3 * len(matrices)  # forward, and the gradients of input and weight
+    if shape.by_products:
+        heads = {(layer.num_query_heads, layer.num_kv_heads) for layer in costs.layers}
+        products += 6 * len(heads)  # scores and mix, and the gradients of their two factors each
+    return PRODUCT_CODE * min(products, MAX_PRODUCTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,15 +173,15 @@ class _Shape:
         return self.mixed and short and not self.on_cuda
 
     def norm(self, width: int) -> int:
-        """RMSNorm of the float32 residual stream: normalised values and statistics."""
-        # PyTorch's fused kernel keeps its input beside them, ours for CPU does not.
-        inputs = FLOAT32 * width if self.on_cuda else 0
-        return self.tokens * (FLOAT32 * (width + 1) + inputs)
+        """RMSNorm of the float32 residual stream: its input (ours for CPU: normalised values) and
+        statistics.
+        """
+        return self.tokens * FLOAT32 * (width + 1)
 
     def query_key_norm(self, width: int, heads: int) -> int:
         """RMSNorm of each head; under autocast of bfloat16 values, with float32 statistics."""
         inputs = 0
-        if self.mixed or self.on_cuda:
+        if self.mixed:  # the weight is multiplied apart; autocast casts what CUDA's kernel reads
             inputs = FLOAT32 * width if self.on_cuda else self.element * width
         return self.tokens * (self.element * width + FLOAT32 * heads + inputs)
 
@@ -265,7 +299,14 @@ class _Step:
         # Logits, log-probabilities, and those of the chunk before, which Python still holds.
         chunk = (3 if rows < shape.tokens else 2) * FLOAT32 * elements
         if shape.mixed:
-            chunk += shape.element * elements  # logits before they are cast up
+            # Logits before they are cast up, and the gradient of those of the chunk before.
+            chunk += (2 if rows < shape.tokens else 1) * shape.element * elements
+            if not shape.on_cuda:
+                # Adding a chunk's bfloat16 gradient of the matrix casts it up on the way.
+                added = (FLOAT32 + shape.element) * (
+                    elements + costs.vocab_size * costs.hidden_size
+                )
+                chunk = max(chunk, added)
             chunk += shape.element * costs.vocab_size * costs.hidden_size
             if shape.mode != "none":  # autocast's cache lives until its context ends
                 chunk += sum(shape.weight_copies(layer) for layer in costs.layers)

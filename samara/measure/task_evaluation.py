@@ -18,7 +18,9 @@ from samara.measure.language_model_folder import (
     Device,
     Precision,
     SavedLanguageModel,
+    open_head,
     open_language_model,
+    saved_head,
 )
 from samara.measure.local_tasks import (
     DEFAULT_SEED,
@@ -39,8 +41,13 @@ from samara.measure.task_metrics import (
 )
 from samara.measure.task_results import SCHEMA, TaskResults, write_results
 from samara.measure.task_scoring import num_requests, score_task, task_metrics
+from samara.measure.text_classifier import TextClassifier, score_labels
+from samara.model.heads import CLASSIFICATION
 from samara.progress import ProgressLine
 from samara.runs import environment, hash_file, hash_json
+
+Opened = SavedLanguageModel | TextClassifier
+"""Who is asked: a language model, by likelihoods and in words, or a classifier, by its labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +90,8 @@ def evaluate_tasks(
     """Score a model and write ``task_results.json`` and ``task_items.jsonl``.
 
     Args:
-        model: A model folder, or the folder of a run that holds one.
+        model: A model folder, or the folder of a run that holds one: a causal language model, or
+            for classification tasks Samara's text classification model.
         out: Folder for the results.
         tasks: Standard names (as ``arc_easy``), task files (.yaml) or data files.
         suite: One of :data:`~samara.measure.suites.SUITES`; its tasks without files are listed as
@@ -107,12 +115,25 @@ def evaluate_tasks(
     _check(tasks=tasks, suite=suite, limit=limit, batch_size=batch_size, num_fewshot=num_fewshot)
     chosen = None if suite is None else _suite(suite)
     plan = _plan(tasks, chosen, data_dir, num_fewshot)
+    classifies = _is_classifier(model, num_fewshot)
     # All files are read before the model is: a mistake in the last one shows at once.
     loaded = [
-        load_task(item.source, num_fewshot=item.num_fewshot, limit=limit, seed=seed)
+        load_task(
+            item.source,
+            num_fewshot=0 if classifies else item.num_fewshot,
+            limit=limit,
+            seed=seed,
+        )
         for item in plan.tasks
     ]
-    opened = open_language_model(model, device=device, precision=precision, batch_size=batch_size)
+    opened: Opened
+    if classifies:
+        head = open_head(model, CLASSIFICATION, device=device, precision=precision)
+        opened = TextClassifier(head, batch_size=batch_size)
+    else:
+        opened = open_language_model(
+            model, device=device, precision=precision, batch_size=batch_size
+        )
     how = Resampling(confidence=confidence, seed=seed)
     seconds: dict[str, float] = {}
     items = {task.name: _score(task, opened, seconds) for task in loaded}
@@ -137,6 +158,17 @@ def evaluate_tasks(
     }
     write_results(TaskResults(summary=summary, items=items), out)
     return summary
+
+
+def _is_classifier(model: Path, num_fewshot: int | None) -> bool:
+    if saved_head(model) is not CLASSIFICATION:
+        return False
+    if num_fewshot:
+        raise ConfigError(
+            f"num_fewshot: {model} is a text classification model and reads no solved examples; "
+            "leave it out"
+        )
+    return True
 
 
 def _check(
@@ -210,21 +242,26 @@ def _data_folder(task: str, data_dir: Path | None) -> Path:
     return data_dir
 
 
-def _score(task: Task, opened: SavedLanguageModel, seconds: dict[str, float]) -> list[Item]:
+def _score(task: Task, opened: Opened, seconds: dict[str, float]) -> list[Item]:
     """The items of a task; the time it took is noted in ``seconds``."""
     started = time.monotonic()
-    total = num_requests(task.examples)
+    classifies = isinstance(opened, TextClassifier)
+    total = len(task.examples) if classifies else num_requests(task.examples)
     with ProgressLine(task.name, total=total, unit="requests") as line:
-        items = score_task(task, opened.language_model, on_progress=line.update)
+        if isinstance(opened, TextClassifier):
+            items = score_labels(task, opened, on_progress=line.update)
+        else:
+            items = score_task(task, opened.language_model, on_progress=line.update)
     seconds[task.name] = round(time.monotonic() - started, 3)
     return items
 
 
-def _model_record(model: Path, opened: SavedLanguageModel, precision: str) -> dict[str, Any]:
-    asked = opened.language_model
+def _model_record(model: Path, opened: Opened, precision: str) -> dict[str, Any]:
+    asked = opened if isinstance(opened, TextClassifier) else opened.language_model
+    saved = opened.saved if isinstance(opened, TextClassifier) else opened
     return {
         "path": str(model),
-        "weights_hash": opened.weights_hash,
+        "weights_hash": saved.weights_hash,
         "num_parameters": asked.model.num_parameters(),
         "max_length": asked.max_length,
         "precision": precision,

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import csv
 import functools
-import gzip
 import io
 import json
 import re
 import string
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from samara.data.text_lines import read_json_lines, read_lines
 from samara.errors import ConfigError, DataError, did_you_mean
 
 SUFFIXES = (".jsonl", ".csv", ".tsv")
@@ -85,49 +84,25 @@ def read_rows(path: Path) -> list[Row]:
     suffix = Path(path.name.removesuffix(".gz")).suffix
     if suffix not in SUFFIXES:
         raise DataError(f"{path}: cannot be read; give .jsonl, .csv or .tsv, each also with .gz")
-    text = _read_text(path)
     if suffix == ".jsonl":
-        rows = list(_json_rows(path, text))
+        rows = list(_json_rows(path))
     else:
-        rows = list(_table_rows(path, text, "\t" if suffix == ".tsv" else ","))
+        rows = list(_table_rows(path, "\t" if suffix == ".tsv" else ","))
     if not rows:
         raise DataError(f"{path}: holds no rows, so there is nothing to score")
     return rows
 
 
-def _read_text(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-        if path.name.endswith(".gz"):
-            data = gzip.decompress(data)
-        return data.decode("utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}:{line}: not UTF-8; convert the file, as with iconv") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-
-
-def _json_rows(path: Path, text: str) -> Iterator[Row]:
-    # Not splitlines: JSON may hold U+2028 and its kin inside a text.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except ValueError as error:
-            raise DataError(
-                f"{path}:{number}: not valid JSON: {error}; mend or remove the line"
-            ) from error
+def _json_rows(path: Path) -> Iterator[Row]:
+    for number, fields in read_json_lines(path):
         if not isinstance(fields, dict):
             raise DataError(f"{path}:{number}: a row is a mapping of fields, not {fields!r:.60}")
         yield Row(fields=fields, path=path, line=number)
 
 
-def _table_rows(path: Path, text: str, delimiter: str) -> Iterator[Row]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+def _table_rows(path: Path, delimiter: str) -> Iterator[Row]:
+    text = io.StringIO("".join(read_lines(path)), newline="")
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
     try:
         header = next(reader, [])
         line = reader.line_num + 1

@@ -99,6 +99,8 @@ class ClassificationConfig(PromptedConfig):
 
     kind: Literal["classification"] = "classification"
     prompt: str = "{text}\nLabel:"
+    text: str = "{text}"
+    """What a text classification model reads in place of the prompt."""
     label: str = "label"
     """The field with the label."""
     labels: dict[str | bool | int, str] | None = None

@@ -49,7 +49,8 @@ def attend(
     Returns:
         Mixed values (b, h, t, e).
     """
-    grouped = q_bhte.shape[1] != k_bgse.shape[1]
+    # A branch decides it: compiled for any head counts, the comparison alone is not yet a bool.
+    grouped = True if q_bhte.shape[1] != k_bgse.shape[1] else False  # noqa: SIM210
     if isinstance(mask, BlockMask):
         # An enclosing torch.compile takes the plain function into its own graph.
         flex: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex()

@@ -56,6 +56,8 @@ class Chart:
     height: int
     names: bool
     """Write names at the ends of the curves, not only values."""
+    mark: float | None = None
+    """A place on x to mark from top to bottom."""
 
 
 def line_chart(series: Sequence[Series], chart: Chart) -> Html:
@@ -106,6 +108,9 @@ def _grid(chart: Chart) -> Html:
         lines.append(element("line", class_="stub", x1=x, x2=x, y1="100%", y2=chart.height + 4))
         lines.append(element("text", chart.x_text(tick), class_="tick x", x=x, y=chart.height + 18))
     lines.append(element("line", class_="axis", x1="0", x2="100%", y1="100%", y2="100%"))
+    if chart.mark is not None:
+        x = _percent(chart.x.share(chart.mark))
+        lines.append(element("line", class_="mark", x1=x, x2=x, y1="0", y2="100%"))
     return joined(lines)
 
 

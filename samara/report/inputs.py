@@ -95,6 +95,12 @@ class Comparison(Record):
     verdict: Literal["better", "worse", "unresolved"]
 
 
+class EvaluatedObjective(Record):
+    """What an evaluation's models were asked for; older results do not say: the next token."""
+
+    objective: dict[str, Any] = {}
+
+
 class Evaluation(Record):
     """``results.json`` of an evaluation."""
 
@@ -105,6 +111,44 @@ class Evaluation(Record):
     confidence: float
     models: dict[str, Score] = Field(min_length=1)
     comparisons: tuple[Comparison, ...] = ()
+
+
+class RaceCandidate(Record):
+    """One candidate of a race between growth operators."""
+
+    label: str
+    layer_map: str
+    exactness: Literal["exact", "tolerance", "changes"]
+    proposed_from: str | None
+    left_at: int | None
+    failure: str | None
+    losses: dict[int, float]
+    """Validation loss by steps since growth."""
+    flops: float
+
+
+class RaceStage(Record):
+    """One race of ``race.json``."""
+
+    stage: PositiveInt
+    steps: PositiveInt
+    loss_before: float
+    candidates: tuple[RaceCandidate, ...]
+    settled_at: int | None
+    k: NonNegativeInt
+    k_tokens: NonNegativeInt
+    k_share: float
+    metric: str
+    winner: str | None
+    undecided: tuple[str, ...]
+    spent_flops: float
+    net_flops: float
+
+
+class Races(Record):
+    """``race.json`` of a growth."""
+
+    stages: tuple[RaceStage, ...]
 
 
 class SplitCounts(Record):
@@ -167,6 +211,10 @@ class Arm:
     score: Score | None
     comparison: Comparison | None
     """Against the report's baseline, where the evaluation has it."""
+    races: tuple[RaceStage, ...] = ()
+    """Of a growth: how its operators were chosen."""
+    total_flops: float = 0.0
+    """Spent on the run, its trials and its ancestors; 0 until it has finished."""
 
     @functools.cached_property
     def budget(self) -> Budget | None:
@@ -266,6 +314,9 @@ def _read_evaluation(name: str | None) -> tuple[Evaluation | None, str]:
     if not path.exists():
         state = _state(RunFolder(folder), finished=False)
         return None, f"The evaluation has no results yet ({_said(state)})."
+    objective = read_record(EvaluatedObjective, path).objective.get("kind", "causal_lm")
+    if objective != "causal_lm":
+        return None, f"The evaluation is one of {objective}; its scores stand in {path.name}."
     return read_record(Evaluation, path), ""
 
 
@@ -307,7 +358,13 @@ def _read_arm(
             (c for c in compared if c.model == name and c.baseline == baseline),
             None,
         ),
+        races=_read_races(run.path / "race.json"),
+        total_flops=run.lineage().total.flops,
     )
+
+
+def _read_races(path: Path) -> tuple[RaceStage, ...]:
+    return read_record(Races, path).stages if path.exists() else ()
 
 
 def _state(run: RunFolder, *, finished: bool) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from samara.report.sections.corpus import corpus
 from samara.report.sections.curves import curves
 from samara.report.sections.demo_scale import demo_scale
 from samara.report.sections.difference import difference
+from samara.report.sections.growth import growth
 from samara.report.sections.headline import headline
 from samara.report.sections.reproduce import reproduce
 from samara.report.sections.samples import samples
@@ -30,6 +31,7 @@ SECTIONS: tuple[Callable[[Inputs], Section | None], ...] = (
     arms,
     difference,
     curves,
+    growth,
     shape,
     samples,
     corpus,

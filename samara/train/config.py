@@ -162,6 +162,32 @@ class LoggingConfig(Config):
     """Names the watts and prices behind energy and cost: a built-in profile or a YAML file."""
 
 
+def check_fits(
+    model: ModelConfig | None, *, data: DataConfig, objective: Objective, training: TrainingConfig
+) -> None:
+    """Check what one section of a training recipe asks of another.
+
+    Raises:
+        ConfigError: If they do not fit together.
+    """
+    if data.rows.kind != "packed" and objective.kind != "causal_lm":
+        raise ConfigError(
+            f"data.rows: {data.rows.kind} rows go with objective causal_lm, "
+            f"not {objective.kind}; use packed"
+        )
+    if model is None:
+        return
+    if training.activation_checkpointing == "cola_m" and model.cola is None:
+        raise ConfigError(
+            "training.activation_checkpointing: cola_m needs model.cola; use layer instead"
+        )
+    if data.sequence_length > model.max_position_embeddings:
+        raise ConfigError(
+            f"data.sequence_length {data.sequence_length} exceeds "
+            f"model.max_position_embeddings {model.max_position_embeddings}"
+        )
+
+
 class PretrainConfig(Config):
     """Verb `pretrain`: corpus in, checkpoint out. Resumes by itself if its run folder exists."""
 
@@ -183,21 +209,7 @@ class PretrainConfig(Config):
     def _check(self) -> Self:
         if (self.model is None) == (self.init_from is None):
             raise ConfigError("give one of model and init_from")
-        if self.data.rows.kind != "packed" and self.objective.kind != "causal_lm":
-            raise ConfigError(
-                f"data.rows: {self.data.rows.kind} rows go with objective causal_lm, "
-                f"not {self.objective.kind}; use packed"
-            )
-        if self.model is not None:
-            if self.training.activation_checkpointing == "cola_m" and self.model.cola is None:
-                raise ConfigError(
-                    "training.activation_checkpointing: cola_m needs model.cola; use layer instead"
-                )
-            if self.data.sequence_length > self.model.max_position_embeddings:
-                raise ConfigError(
-                    f"data.sequence_length {self.data.sequence_length} exceeds "
-                    f"model.max_position_embeddings {self.model.max_position_embeddings}"
-                )
+        check_fits(self.model, data=self.data, objective=self.objective, training=self.training)
         return self
 
     def resolved(self) -> PretrainConfig:

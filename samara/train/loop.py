@@ -170,7 +170,7 @@ def train(
             if hooks.save is not None and (due or caught is not None):
                 hooks.save(state)
         if caught is not None and not last:
-            raise _stopped(state, caught, saved=hooks.save is not None)
+            raise stopped(state, caught, saved=hooks.save is not None)
     assert state.step == num_steps, f"batches ended at step {state.step} of {num_steps}"
 
 
@@ -279,7 +279,14 @@ def _non_finite(
     )
 
 
-def _stopped(state: TrainingState, number: int, *, saved: bool) -> Stopped:
+def stopped(state: TrainingState, number: int, *, saved: bool) -> Stopped:
+    """What to raise after a signal.
+
+    Args:
+        state: Where the run stands.
+        number: The signal's.
+        saved: Whether running it again goes on from there.
+    """
     name = signal.Signals(number).name
     then = "saved; run the same command to go on" if saved else "nothing is saved"
     return Stopped(f"stopped by {name} after step {state.step}; {then}", signal_number=number)

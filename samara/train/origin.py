@@ -79,7 +79,7 @@ def find_origin(config: PretrainConfig, tokenizer: TextTokenizer) -> Origin:
     assert config.init_from is not None
     origin = origin_of(config.init_from, sequence_length=config.data.sequence_length)
     assert origin.folder is not None
-    _check_tokenizer(origin.folder, tokenizer)
+    check_tokenizer(origin.folder, tokenizer)
     return origin
 
 
@@ -120,7 +120,7 @@ def _read_design(folder: Path) -> ModelConfig:
     return config.to_design()
 
 
-def _check_tokenizer(folder: Path, tokenizer: TextTokenizer) -> None:
+def check_tokenizer(folder: Path, tokenizer: TextTokenizer) -> None:
     """Refuse to go on with other tokens than the weights were trained on."""
     try:
         own = TextTokenizer.load(folder)

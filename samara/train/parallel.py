@@ -71,10 +71,12 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 def compile_model(
     model: PreTrainedModel, *, backend: str | Callable[..., Any] = "inductor"
 ) -> None:
-    """Compile the decoder in place; names, state and saving stay as they are.
+    """Compile the decoder's layers in place; names, state and saving stay as they are.
 
-    The whole decoder is one graph: with layer-wise widths every layer has other shapes, and
-    compiled one by one they would run into torch's recompilation limit.
+    Each layer is a graph of its own, and equal layers share one. Layer-wise widths give every layer
+    other shapes: from the second on, the widths that differ are variables of the graph, so a design
+    of any depth takes about two compilations. Two settings of torch, which are those of the whole
+    process, let the shapes of weights be variables.
 
     Raises:
         ResourceError: If this machine has no C++ compiler, which ``torch.compile`` needs on CPU.
@@ -85,21 +87,27 @@ def compile_model(
             f"training.compile: needs a C++ compiler, and {compiler} is not there; install one, "
             "or set training.compile=false"
         )
-    model.base_model.compile(backend=backend)
+    torch._dynamo.config.force_parameter_static_shapes = False
+    torch._dynamo.config.force_nn_module_property_static_shapes = False
+    layers: Any = model.base_model.layers
+    for layer in layers:
+        layer.compile(backend=backend)
 
 
 @contextlib.contextmanager
 def uncompiled(model: PreTrainedModel) -> Iterator[None]:
-    """Call a compiled model's decoder as it was before: evaluation is not worth a graph of its own.
+    """Call a compiled model's layers as they were: evaluation is not worth graphs of its own.
 
-    On CUDA (torch 2.11) the graph that would be compiled for it, without gradients, also fails in
+    On CUDA (torch 2.11) a graph that is compiled for it, without gradients, also fails in
     attention with a packed mask. Kernels that are compiled by themselves, as FlexAttention, stay
     so: ``torch.compiler.set_stance("force_eager")`` would run that one without its kernel.
     """
-    decoder = model.base_model
-    compiled = decoder._compiled_call_impl  # where Module.compile() leaves its result
-    decoder._compiled_call_impl = None
+    # Module.compile() leaves its result in this attribute.
+    compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl}
+    for module in compiled:
+        module._compiled_call_impl = None
     try:
         yield
     finally:
-        decoder._compiled_call_impl = compiled
+        for module, call in compiled.items():
+            module._compiled_call_impl = call

@@ -29,7 +29,7 @@ from samara.data.training_data import CorpusData, TrainingData
 from samara.errors import ConfigError, ResourceError
 from samara.measure.budget import Budget, budget
 from samara.measure.config import DeviceProfile
-from samara.measure.devices import device_profile, estimated_cost
+from samara.measure.devices import device_profile, estimated_cost, peak_flops
 from samara.measure.loss import evaluate_loss
 from samara.measure.memory import training_memory
 from samara.model.disk_errors import disk_errors
@@ -40,7 +40,7 @@ from samara.runs import Compute, Lineage, RunFolder, hash_weights, new_folder, w
 from samara.train.averaging import Averages, member_steps
 from samara.train.checkpoint import Checkpoints, TrainingState, sweep
 from samara.train.config import InstructConfig, PretrainConfig, TrainingConfig
-from samara.train.loop import Costs, Hooks, Record, Update, train
+from samara.train.loop import Costs, Hooks, Record, Update, stopped, train
 from samara.train.memory import PeakMemory, check_memory
 from samara.train.objective import make_objective
 from samara.train.optim import Optimizer
@@ -157,7 +157,13 @@ def predict_memory(
 
 
 class Job:
-    """One run of the verb, from a fresh or interrupted folder to its summary."""
+    """One run of the verb, from a fresh or interrupted folder to its summary.
+
+    Attributes:
+        first_batch: Batches of the data's order that were read before this run.
+    """
+
+    first_batch = 0
 
     def __init__(
         self,
@@ -175,6 +181,7 @@ class Job:
         self.profile: DeviceProfile = device_profile(
             config.logging.device_profile, device=place.device.type
         )
+        self.peak_flops = peak_flops(self.profile, config.training.precision, trained=run.path.name)
         self.memory = PeakMemory(place.device)
         self.model = self._build_model()
         self.optimizer = Optimizer(self.model, config.optimizer)
@@ -215,24 +222,24 @@ class Job:
             self.state = checkpoint.state
         self.run.truncate_metrics(self.state.step)
 
-    def train(self) -> None:
-        """Run the loop to the last step."""
+    def train(self, *, until: int | None = None) -> None:
+        """Run the loop to the last step, or to step ``until`` of the same course."""
         settings = self.config.training
-        start = self.state.step
+        start, end = self.state.step, self.num_steps if until is None else until
         batches = training_batches(
             self.training_set,
             batch_size=settings.batch_size,
             micro_batch_size=self.micro_batch_size,
             seed=self.config.seed,
-            start_step=start,
-            num_steps=self.num_steps - start,
+            start_step=self.first_batch + start,
+            num_steps=end - start,
             rank=self.place.rank,
             world_size=self.place.world_size,
             num_workers=self.config.data.num_workers,
             pin_memory=self.place.device.type == "cuda",
         )
         label = f"train {self.run.path.name}"
-        total = self.num_steps * settings.batch_size * self.config.data.sequence_length
+        total = end * settings.batch_size * self.config.data.sequence_length
         with (
             StopSignal() as stop,
             open_sinks(self.config.logging.sinks, run=self.run, start_step=start) as sinks,
@@ -245,13 +252,15 @@ class Job:
                 learning_rate=self._learning_rate,
                 batches=batches,
                 state=self.state,
-                num_steps=self.num_steps,
+                num_steps=end,
                 precision=settings.precision,
                 clip_grad_norm=settings.clip_grad_norm,
                 costs=self._costs(),
                 hooks=self._hooks(line, sinks),
                 stop=stop,
             )
+        if stop.number is not None and end < self.num_steps:  # caught in the last of these steps
+            raise stopped(self.state, stop.number, saved=True)
 
     def _learning_rate(self, step: int) -> float:
         return learning_rate(
@@ -269,7 +278,7 @@ class Job:
         return Costs(
             flops_per_token=self.budget.flops_per_token(length).training,
             useful_flops_per_token=useful.training,
-            peak_flops=self.profile.peak_flops[self.config.training.precision],
+            peak_flops=self.peak_flops,
         )
 
     def _hooks(self, line: ProgressLine, sinks: list[Sink]) -> Hooks:
@@ -308,20 +317,25 @@ class Job:
         self.averages.add(self.model, step=state.step)
         self.checkpoints.save(self.model, self.optimizer, state)
 
-    def finish(self) -> None:
-        """Average, export, and write what was spent."""
+    def finish(self, *, beside: Compute | None = None) -> None:
+        """Average, export, and write what was spent.
+
+        Args:
+            beside: Compute of this run that is not in its state, as of trials that were dropped.
+        """
         averaged = None
         if self._average_steps():
             self.averages.load_mean(self.model)
             averaged = None if self.validation_set is None else self.evaluate()
         export(self.model, self.corpus.tokenizer, self.run.path / "model")
         cost = estimated_cost(self.profile, seconds=self.state.seconds)
-        spent = Compute(
+        own = Compute(
             tokens=self.state.tokens,
             flops=self.state.flops,
             seconds=self.state.seconds,
             joules=cost.joules,
         )
+        spent = own if beside is None else own + beside
         parents = {"data": self.corpus.hash, **self.origin.parents}
         self.run.write_lineage(
             Lineage(parents=parents, spent=spent, inherited=self.origin.inherited)

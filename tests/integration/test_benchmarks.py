@@ -1,11 +1,14 @@
-"""The inference benchmark runs at toy size, and its switch changes the kernel, not the model."""
+"""Benchmarks run at toy size and keep every case; the results page is made of what is kept.
+
+The inference benchmark's switch changes the kernel, not the model.
+"""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +19,20 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def inference() -> Iterator[Any]:
-    spec = importlib.util.spec_from_file_location("inference", ROOT / "benchmarks/inference.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def benchmark() -> Iterator[Callable[[str], Any]]:
+    """Imports a script as it imports its neighbours: from its own folder."""
+    folder = str(ROOT / "benchmarks")
+    sys.path.insert(0, folder)
+    loaded = [path.stem for path in (ROOT / "benchmarks").glob("*.py")]
+    yield importlib.import_module
+    sys.path.remove(folder)
+    for name in loaded:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def inference(benchmark) -> Any:
+    return benchmark("inference")
 
 
 def test_the_smoke_run_measures_every_design(inference, tmp_path, capsys):
@@ -34,8 +42,10 @@ def test_the_smoke_run_measures_every_design(inference, tmp_path, capsys):
     # three designs with two norms and llama, two caches, two batch sizes
     assert len(written["rows"]) == len(table) - 1 == 7 * 2 * 2
     assert {row["design"] for row in written["rows"]} == set(inference.DESIGNS)
-    assert written["command"].startswith("python benchmarks/inference.py --smoke")
+    assert written["command"] == "python benchmarks/inference.py --smoke"
+    assert written["complete"] is True
     assert written["environment"]["commit"]
+    assert written["environment"]["device"]
     for row in written["rows"]:
         assert row["decode_tokens_per_second"] > 0
         assert row["prefill_tokens_per_second"] > 0
@@ -70,3 +80,122 @@ def test_operators_are_counted_inside_composed_ones_and_views_are_not(inference)
     with torch.no_grad(), inference.CountOperators() as counter:
         torch.nn.functional.silu(linear(torch.ones(1, 4)).view(2, 2)) + 1
     assert counter.count == 4  # ones, product, silu, sum
+
+
+def test_what_was_measured_is_kept_when_the_machine_goes(benchmark, tmp_path):
+    path = tmp_path / "out.json"
+    record = benchmark("record").Record(
+        path,
+        script="benchmarks/some.py",
+        arguments=["--a", "1", "--json", str(path), "b", f"--json={path}"],
+        device="cpu",
+        settings={"a": 1, "json": path},
+    )
+    for number in (1, 2):
+        record.add({"case": number})
+        written = json.loads(path.read_text())
+        assert written["rows"] == record.rows == [{"case": k + 1} for k in range(number)]
+        assert written["complete"] is False
+    assert written["command"] == "python benchmarks/some.py --a 1 b"
+    assert written["settings"] == {"a": 1}
+    record.finish()
+    assert json.loads(path.read_text()) == {**written, "complete": True}
+
+
+def test_flops_of_a_recipe_are_counted_without_computing_any(benchmark, tmp_path, capsys):
+    out = tmp_path / "flops.json"
+    recipe = str(ROOT / "recipes" / "cola-60m.yaml")
+    benchmark("flops").main([recipe, "--length", "64", "--json", str(out)])
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["parameters"]["predicted"] == row["parameters"]["measured"]
+    flops = row["training_flops_per_token"]
+    assert flops["predicted"] == flops["measured"]
+    assert "cola-60m" in capsys.readouterr().out
+
+
+def test_the_memory_benchmark_measures_a_case_in_a_process_of_its_own(
+    benchmark, tmp_path, monkeypatch, capsys
+):
+    memory = benchmark("memory")
+    out = tmp_path / "memory.json"
+    peaks = []
+    monkeypatch.setattr(memory, "in_fresh_process", lambda *a, **k: peaks.append(a) or 10**8)
+    memory.main(["--only", "uniform", "cola", "--json", str(out)])
+    written = json.loads(out.read_text())
+    assert [row["name"] for row in written["rows"]] == ["uniform", "cola"]
+    assert {row["measured"] for row in written["rows"]} == {10**8}
+    assert len(peaks) == 4  # two heaps each
+    with pytest.raises(SystemExit):
+        memory.main(["--only", "uniforn"])
+    assert "--only uniforn: no such case; there are uniform," in capsys.readouterr().err
+
+
+def test_the_results_page_is_made_of_the_committed_figures(benchmark):
+    results = benchmark("results")
+    assert results.PAGE.read_text(encoding="utf-8") == results.markdown()
+    results.main(["--check"])
+
+
+def test_a_file_goes_to_the_section_of_its_name(benchmark, inference, tmp_path):
+    results, folder = benchmark("results"), tmp_path / "figures"
+    inference.main(["--smoke", "--designs", "cola", "--json", str(folder / "inference-toy.json")])
+    page = results.markdown(folder)
+    assert "`python benchmarks/inference.py --smoke --designs cola`" in page
+    assert page.count("| cola | naive | static | 2 |") == 1
+    assert "cut short" not in page
+    cut = json.loads((folder / "inference-toy.json").read_text())
+    cut["complete"], cut["environment"]["commit"] = False, None
+    (folder / "inference-toy.json").write_text(json.dumps(cut))
+    assert "commit not recorded; cut short: not all cases ran.*" in results.markdown(folder)
+    (folder / "speed-toy.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"speed-toy\.json: its name begins with none of flops"):
+        results.markdown(folder)
+
+
+def test_a_page_that_is_not_up_to_date_is_told(benchmark, tmp_path, monkeypatch):
+    results = benchmark("results")
+    monkeypatch.setattr(results, "PAGE", tmp_path / "results.md")
+    with pytest.raises(SystemExit, match=r"results\.md: is not what .* run `python"):
+        results.main(["--check"])
+    results.main([])
+    results.main(["--check"])
+
+
+def test_the_demo_is_collected_from_what_its_stages_wrote(benchmark, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "evaluation-demo.json"
+    bounds = {"value": 2.0, "low": 1.5, "high": 2.5}
+    scores = {"weights_hash": "w", "loss": bounds, "perplexity": bounds, "bits_per_byte": bounds}
+    difference = {"baseline": "a", "model": "b", "loss_difference": bounds, "verdict": "worse"}
+    files = {
+        "recipe.yaml": {"name": "quickstart"},
+        "a/summary.json": {"weights_hash": "w", "parameters": 3_000_000, "tokens": 5000},
+        "data/summary.json": {"documents": 1},
+        "evaluation/environment.json": {
+            "cpu": "a CPU",
+            "cpu_count": 2,
+            "commit": "c",
+            "packages": {"torch": "2"},
+        },
+        "evaluation/results.json": {
+            "corpus_hash": "h",
+            "split": "validation",
+            "confidence": 0.95,
+            "num_documents": 7,
+            "num_tokens": 900,
+            "models": {"a": scores, "b": {**scores, "weights_hash": "other"}},
+            "comparisons": [difference],
+        },
+    }
+    demo = benchmark("demo")
+    with pytest.raises(SystemExit):
+        demo.main([str(tmp_path), "--json", str(out)])
+    for name, content in files.items():
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(json.dumps(content))
+    demo.main([str(run), "--json", str(out)])
+    page = benchmark("results").markdown(tmp_path)
+    assert "7 validation documents, 900 tokens; 95% intervals" in page
+    assert "| a | 3.00 | – | 5.00 | 2.000 [1.500, 2.500] |" in page
+    assert "| b | – | – | – | 2.000 [1.500, 2.500] |" in page
+    assert "| 2.000 [1.500, 2.500] worse |" in page
+    assert "*`samara run recipes/quickstart.yaml`; a CPU, 2 cores; torch 2; commit c.*" in page

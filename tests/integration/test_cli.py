@@ -25,6 +25,7 @@ VERBS = [
     "run",
     "prepare",
     "pretrain",
+    "grow",
     "instruct",
     "finetune",
     "evaluate",

@@ -96,6 +96,7 @@ def test_results_have_the_agreed_form(folders, run_evaluate, small_corpus):
         "schema",
         "corpus_hash",
         "split",
+        "objective",
         "num_documents",
         "num_tokens",
         "models",
@@ -106,6 +107,7 @@ def test_results_have_the_agreed_form(folders, run_evaluate, small_corpus):
     assert results["schema"] == 1
     assert results["corpus_hash"] == small_corpus.hash
     assert (results["split"], results["confidence"]) == ("validation", 0.95)
+    assert results["objective"] == {"kind": "causal_lm"}
     assert results["num_documents"] == tokens.num_documents
     assert results["num_tokens"] == tokens.num_tokens - tokens.num_documents
     assert list(results["models"]) == ["uniform", "trained"]

@@ -305,7 +305,7 @@ def test_a_different_number_of_examples_is_not_compared(models, data, tmp_path):
         ({"tasks": ["piqa"], "batch_size": 0}, r"batch_size: must be 1 or more, got 0"),
         ({"tasks": ["piqa"], "num_fewshot": -1}, r"num_fewshot: must be 0 or more, got -1"),
         ({"tasks": ["none.yaml"]}, r"none.yaml: no such file"),
-        ({"tasks": ["none.jsonl"]}, r"none.jsonl: no such file"),
+        ({"tasks": ["none.jsonl"]}, r"none.jsonl: cannot be read: No such file"),
     ],
 )
 def test_a_wrong_argument_is_one_clear_line(models, data, tmp_path, options, message):

@@ -47,6 +47,15 @@ def test_generate_prints_each_prompt_and_what_follows(samara, written_model, whe
     assert samara("generate", folder, "The elm", "--cache", "static").stdout == alone[0]
 
 
+def test_generate_guesses_ahead_and_writes_the_same(samara, written_model):
+    folder = str(written_model)
+    plain = samara("generate", folder, "The elm", "A seed").stdout
+    for guesses in (["--prompt-lookup", "3"], ["--draft", folder]):
+        done = samara("generate", folder, "The elm", "A seed", *guesses)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == plain
+
+
 def test_generate_reads_the_prompt_from_standard_input(samara, written_model, monkeypatch):
     expected = samara("generate", str(written_model), "The\nelm").stdout
     monkeypatch.setattr(sys, "stdin", io.StringIO("The\nelm\n"))
@@ -64,6 +73,8 @@ def test_generate_without_a_prompt_starts_a_text(samara, written_model):
     [
         (["elm " * 80], "prompt 'elm"),
         (["elm", "--max-new-tokens", "128"], "max_new_tokens: 128 leaves no room"),
+        (["elm", "--prompt-lookup", "2", "--compile"], "prompt_lookup: wrong guesses are cut off"),
+        (["elm", "--draft", "nowhere"], "nowhere: no such folder; give a folder with a saved"),
         (["elm", "--chat"], "chat: the model's tokenizer has no chat template"),
     ],
 )

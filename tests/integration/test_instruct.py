@@ -167,6 +167,7 @@ def test_the_script_compares_before_and_after(
 ) -> None:
     models = [str(base), str(tuned_run.path)]
     options = ["--max-conversations", "12", "--max-new-tokens", "30", "--sequence-length", "96"]
+    monkeypatch.syspath_prepend(SCRIPT.parent)
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *models, "--data", str(chats), *options])
     runpy.run_path(str(SCRIPT), run_name="__main__")
 

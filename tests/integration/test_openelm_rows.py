@@ -81,6 +81,7 @@ def test_the_script_prints_what_each_way_costs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     options = ["--words", "24", "--min-characters", "40", "--min-tokens", "16"]
+    monkeypatch.syspath_prepend(SCRIPT.parent)
     arguments = [str(SCRIPT), str(small_corpus.folder), "--sequence-length", "32", *options]
     monkeypatch.setattr(sys, "argv", arguments)
     runpy.run_path(str(SCRIPT), run_name="__main__")

@@ -483,3 +483,18 @@ def test_every_error_is_one_line(pretrain_settings: Settings, tmp_path: Path) ->
 
     assert "\n" not in str(caught.value)
     assert "missing" in str(caught.value)
+
+
+def test_a_device_profile_without_the_precision_is_refused(
+    pretrain_settings: Settings, tmp_path: Path
+) -> None:
+    profile = tmp_path / "box.yaml"
+    profile.write_text(
+        "name: box\npeak_flops: {bfloat16: 1e10}\nmemory_bytes: 1000\nwatts: 5\nsource: assumed\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        run(tmp_path / "small", pretrain_settings(logging__device_profile=str(profile)))
+    assert str(caught.value) == (
+        "device profile 'box': has no peak_flops for float32, in which small is trained; add it, "
+        "or train in bfloat16"
+    )

@@ -51,3 +51,8 @@ def test_an_unknown_total_shows_the_count_alone(monkeypatch):
     with ProgressLine("reading", total=None, unit="documents", stream=stream) as line:
         line.update(1200)
     assert stream.getvalue() == "reading  1,200 documents\n"
+
+
+def test_what_is_said_stays(capsys):
+    progress.say("stack: loss 3.2 before, 3.2 after growth (exact)")
+    assert capsys.readouterr().err == "stack: loss 3.2 before, 3.2 after growth (exact)\n"

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 import torch
 
 from samara.errors import CheckpointError, ConfigError, did_you_mean
+from samara.model.heads import CAUSAL, head_of
 from samara.model.interchange import model_card, provenance
 from samara.model.interchange.formats import (
     FORMATS,
@@ -122,6 +123,7 @@ def write_model(
     """
     write = FORMATS[to].write
     assert write is not None
+    _check_head(model, to)
     model = replace(model, name=dst.name)
     with new_folder(dst) as staging:
         notes = write(model, staging, max_shard_bytes=max_shard_bytes)
@@ -132,6 +134,15 @@ def write_model(
         _keep_foreign_card(model.folder, staging)
         provenance.write_provenance(staging, making)
     return notes
+
+
+def _check_head(model: StoredModel, to: str) -> None:
+    head = head_of(model.config)
+    if to != "samara" and head is not CAUSAL:
+        raise CheckpointError(
+            f"{model.folder}: is a {head.description}, {to} holds causal ones only; keep it with "
+            f"--to samara, which transformers' {head.auto_class} loads after `import samara`"
+        )
 
 
 def refuse_occupied(dst: Path) -> None:

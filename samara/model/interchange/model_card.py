@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from samara.config import dump_yaml
 from samara.model.configuration import SamaraConfig
+from samara.model.heads import head_of
 from samara.model.interchange.provenance import Making, Step
 from samara.model.interchange.stored_model import StoredModel, per_layer
 from samara.model.interchange.stored_tensors import dtype_name
@@ -65,7 +66,9 @@ def model_card(model: StoredModel, *, target: str, making: Making) -> str:
         f"# {model.name}",
         _summary(model, target),
         "## Load it",
-        LOADING[target].replace("PATH", "path/to/this/folder"),
+        LOADING[target]
+        .replace("PATH", "path/to/this/folder")
+        .replace("AutoModelForCausalLM", head_of(model.config).auto_class),
         "## Design",
         _design(model),
         "## How it was made",
@@ -89,8 +92,8 @@ def _summary(model: StoredModel, target: str) -> str:
     dtypes = sorted({dtype_name(tensor.dtype) for tensor in model.tensors.values()})
     names = {"samara": "Samara's", "llama": "Llama's", "openelm": "OpenELM's", "gguf": "the GGUF"}
     return (
-        f"A causal language model of {model.num_parameters:,} parameters ({', '.join(dtypes)}), in "
-        f"{names[target]} format."
+        f"A {head_of(model.config).description} of {model.num_parameters:,} parameters "
+        f"({', '.join(dtypes)}), in {names[target]} format."
     )
 
 

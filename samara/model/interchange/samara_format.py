@@ -8,6 +8,7 @@ from typing import Any
 
 from samara.errors import CheckpointError, ConfigError
 from samara.model.configuration import SamaraConfig
+from samara.model.heads import head_of
 from samara.model.interchange.hf_folder import (
     CONFIG,
     read_config,
@@ -69,18 +70,19 @@ def design_folder(folder: Path) -> Path:
 def _parse(path: Path, fields: dict[str, Any]) -> SamaraConfig:
     try:
         config: SamaraConfig = SamaraConfig.from_dict(fields)
+        head_of(config)
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{path}: {'; '.join(str(error).splitlines())}") from None
     return config
 
 
 def write_samara(model: StoredModel, folder: Path, *, max_shard_bytes: int) -> list[str]:
-    """Write a folder that ``AutoModelForCausalLM`` loads after ``import samara``."""
+    """Write a folder that the Auto class of its head loads after ``import samara``."""
     fields = json.loads(model.config.to_json_string())
     fields.pop("dtype", None)
     write_folder(
         folder,
-        config={**fields, "architectures": ["SamaraForCausalLM"]},
+        config={**fields, "architectures": [head_of(model.config).model_class.__name__]},
         tensors=model.tensors,
         files=model.files,
         max_shard_bytes=max_shard_bytes,

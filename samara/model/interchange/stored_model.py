@@ -11,8 +11,8 @@ import torch
 
 from samara.errors import CheckpointError
 from samara.model.configuration import SamaraConfig
+from samara.model.heads import CLASSIFICATION, head_of
 from samara.model.interchange.stored_tensors import Tensors, in_memory
-from samara.model.modeling import SamaraForCausalLM
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -51,19 +51,21 @@ def expected_tensors(config: SamaraConfig) -> Tensors:
     Their values are not there: they lie on torch's meta device.
     """
     with torch.device("meta"):
-        state = SamaraForCausalLM(config).state_dict()
+        state = head_of(config).model_class(config).state_dict()
     if config.tie_word_embeddings:
-        del state[HEAD]
+        state.pop(HEAD, None)  # a classifier has none
     return {name: in_memory(tensor) for name, tensor in state.items()}
 
 
 def described(config: SamaraConfig) -> dict[str, Any]:
-    """Design and special tokens as plain data: what is equal in two checkpoints of one model.
+    """Head, design and special tokens as plain data: what is equal in checkpoints of one model.
 
     How fresh weights would be drawn is left out, since not every format records it.
     """
     design = config.to_design().model_dump(mode="json", exclude={"initializer"})
-    return {**design, **token_ids(config)}
+    head = head_of(config)
+    labels = {"labels": config.id2label} if head is CLASSIFICATION else {}
+    return {"model": head.description, **labels, **design, **token_ids(config)}
 
 
 def token_ids(config: SamaraConfig) -> dict[str, Any]:

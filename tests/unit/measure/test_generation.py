@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -55,10 +56,12 @@ def language_model(folder: Path) -> LanguageModel:
     return LanguageModel(model, AutoTokenizer.from_pretrained(folder))
 
 
-def write(language_model, prompts=PROMPTS, *, chat=False, on_text=None, **settings) -> list[str]:
+def write(
+    language_model, prompts=PROMPTS, *, chat=False, draft=None, on_text=None, **settings
+) -> list[str]:
     watcher = {} if on_text is None else {"on_text": on_text}
     return generate_texts(
-        language_model, prompts, GenerationSettings(**settings), chat=chat, **watcher
+        language_model, prompts, GenerationSettings(**settings), chat=chat, draft=draft, **watcher
     )
 
 
@@ -145,7 +148,8 @@ def test_draws_follow_the_softmax(language_model):
     with torch.no_grad():
         logits = language_model.model(input_ids=torch.tensor([ids])).logits[0, -1]
     p = logits.softmax(-1)
-    drawn = RowNoise(range(2000))(None, logits.expand(2000, -1)).argmax(-1)
+    noise = RowNoise(range(2000))
+    drawn = noise(torch.tensor([ids]), logits.expand(2000, -1)).argmax(-1)
     q = float(p.max())
     count = int((drawn == p.argmax()).sum())
     assert 0.02 < q < 0.98
@@ -194,3 +198,78 @@ def test_compiling_without_a_compiler_is_refused(language_model, monkeypatch):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_the_compiled_step_writes_the_same(language_model):
     assert write(language_model, compile=True, **GREEDY) == write(language_model, **GREEDY)
+
+
+# --- guessing ahead ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def draft(folder: Path) -> LanguageModel:
+    """Another, smaller model: nearly always wrong."""
+    torch.manual_seed(5)
+    design = ModelConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        head_dim=8,
+        vocab_size=VOCAB,
+        max_position_embeddings=CONTEXT,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = SamaraConfig.from_design(design, eos_token_id=tokenizer.eos_token_id)
+    return LanguageModel(SamaraForCausalLM(config), tokenizer)
+
+
+@pytest.mark.parametrize("how", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_guesses_change_no_text(language_model, draft, how):
+    """Drawn texts are the same too: a place has its random numbers, whoever asks for them."""
+    plain = write(language_model, **how)
+    assert write(language_model, prompt_lookup=3, **how) == plain
+    assert write(language_model, draft=draft, **how) == plain
+    assert write(language_model, draft=language_model, **how) == plain
+
+
+def test_right_guesses_save_passes(language_model, draft):
+    calls = []
+    hook = language_model.model.register_forward_hook(lambda *_: calls.append(1))
+    twin = copy.deepcopy(language_model)
+    twin.model._forward_hooks.clear()
+    counts = []
+    for guessing in (None, twin, draft):
+        calls.clear()
+        write(language_model, ["The elm"], draft=guessing, **DRAWN)
+        counts.append(len(calls))
+    hook.remove()
+    alone, right, wrong = counts
+    assert right < alone / 2
+    assert right < wrong <= alone
+
+
+def test_guessed_text_is_streamed_as_it_is(language_model, draft):
+    pieces = []
+    texts = generate_texts(
+        language_model,
+        PROMPTS,
+        GenerationSettings(**DRAWN),
+        draft=draft,
+        on_text=lambda index, piece: pieces.append((index, piece)),
+    )
+    for index, text in enumerate(texts):
+        assert "".join(piece for number, piece in pieces if number == index) == text
+
+
+def test_what_does_not_go_with_guesses_is_refused(language_model, draft, tmp_path):
+    with pytest.raises(ConfigError, match="draft: guesses in place of prompt_lookup; give one"):
+        write(language_model, draft=draft, prompt_lookup=2)
+    with pytest.raises(ConfigError, match=r"draft: wrong guesses are cut off the cache, .* static"):
+        write(language_model, draft=draft, cache="static")
+    with pytest.raises(ConfigError, match=r"prompt_lookup: wrong guesses .* leave compile out"):
+        write(language_model, prompt_lookup=2, compile=True)
+    train_tokenizer(["other words"] * 3, tmp_path / "other", vocab_size=262)
+    other = LanguageModel(draft.model, AutoTokenizer.from_pretrained(tmp_path / "other"))
+    with pytest.raises(ConfigError, match=r"draft: its tokenizer \(262 entries\) is not the model"):
+        write(language_model, draft=other)
+    short = LanguageModel(draft.model, draft.tokenizer, max_length=22)
+    with pytest.raises(DataError, match=r"20 are to follow; the draft's context holds 22: shorten"):
+        write(language_model, draft=short, **GREEDY)
+    with pytest.raises(ConfigError, match="no room for a prompt in the draft's context of 22"):
+        write(language_model, draft=short, max_new_tokens=25)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from samara.data.rows import Batch
 from samara.errors import ResourceError
+from samara.model.config import ModelConfig
+from samara.model.configuration import SamaraConfig
 from samara.model.modeling import SamaraForCausalLM
 from samara.train.checkpoint import named_weights
 from samara.train.objective import CausalLM
@@ -79,6 +81,33 @@ def test_evaluation_compiles_nothing(make_model: MakeModel, make_batches: MakeBa
 
     CausalLM()(model, batch)
     assert graphs != []
+
+
+def test_layers_of_any_widths_share_two_graphs(make_batches: MakeBatches) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    design = ModelConfig(
+        hidden_size=32,
+        num_hidden_layers=6,
+        head_dim=8,
+        num_query_heads=(2, 2, 3, 3, 4, 5),
+        num_kv_heads=(2, 2, 3, 3, 4, 5),
+        ffn_dim=(24, 40, 48, 56, 72, 80),
+        vocab_size=64,
+        cola={"rank": 6},
+    )
+    torch.manual_seed(0)
+    model = SamaraForCausalLM(SamaraConfig.from_design(design))
+    batch = make_batches(1)[0][0]
+    expected = CausalLM()(model, batch).loss
+    compile_model(model, backend=backend)
+
+    torch.testing.assert_close(CausalLM()(model, batch).loss, expected)
+    assert len(graphs) <= 3
 
 
 def test_compiling_needs_a_compiler(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
