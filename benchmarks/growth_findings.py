@@ -1,12 +1,12 @@
 """What the rows of ``benchmarks/growth.py`` say: from numbers to numbers, without torch.
 
 Every candidate was trained to the end, so what a lag would have chosen can be looked up, and what
-was best is known. Three questions, each per objective:
+was best is known. Per objective:
 
 * :func:`foretold`: how well does the loss after k steps rank the operators as the last loss does?
-* :func:`replayed`: what would the rules of ``samara grow`` have chosen, and at what price? They run
-  as they are (:func:`samara.growth.selection.run_race`), on the recorded measurements.
 * :func:`ended`: how did each operator end, beside the large model trained from scratch?
+
+What the rules of ``samara grow`` would have chosen is in ``growth_replays.py``.
 
 Intervals are for 95 %. Those of rank correlations resample operators, all seeds together: another
 pool might have been taken. Those of differences between runs come from Student's t over seeds.
@@ -25,10 +25,8 @@ from typing import Any
 import numpy as np
 
 from samara.errors import SamaraError
-from samara.growth.config import FixedRace, HalvingRace, PairedRace
 from samara.growth.metrics import spearman
 from samara.growth.race import Losses
-from samara.growth.selection import Measurement, RaceRecord, RaceRule, run_race, rungs_of
 from samara.measure.compare import Interval
 
 Row = Mapping[str, Any]
@@ -39,9 +37,6 @@ STUDENT_T = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.30
 """The 97.5 % point of Student's t by number of runs; two runs bound nothing worth printing."""
 EXACTNESS = ("exact", "tolerance", "changes")
 """Labels in the rows, in the order in which the rules prefer them."""
-GAMMA = 0.8
-FIRST_RUNG = 25
-CAPS = (0.1, 0.25, 0.5, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +166,7 @@ def foretold(pool: Pool) -> list[Foretold]:
             hits=sum(regret_of_lowest(runs, step) == 0.0 for runs in pool.values()),
             regret=statistics.fmean(regret_of_lowest(runs, step) for runs in pool.values()),
             relative_regret=statistics.fmean(
-                regret_of_lowest(runs, step) / spread_of(runs) for runs in pool.values()
+                relative(regret_of_lowest(runs, step), runs) for runs in pool.values()
             ),
             gross=num * step / horizon,
             net=(num - 1) * step / horizon,
@@ -207,6 +202,11 @@ def spread_of(runs: Mapping[str, Run]) -> float:
     """Median minus lowest last loss: what a blind choice costs, about."""
     last = [run.last for run in runs.values()]
     return statistics.median(last) - min(last)
+
+
+def relative(regret: float, runs: Mapping[str, Run]) -> float:
+    """A regret by the spread; NaN where half of the pool is as good as the best."""
+    return regret / spread_of(runs) if spread_of(runs) else math.nan
 
 
 def blind_regret(pool: Pool) -> float:
@@ -272,100 +272,6 @@ def _percentiles(own: _Correlations, minus: _Correlations | None = None) -> Inte
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail]) if len(drawn) else (math.nan, math.nan)
     return Interval(value=value, low=float(low), high=float(high), confidence=CONFIDENCE)
-
-
-# --- what the rules would have chosen -------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Replay:
-    """A rule of the race on what was recorded.
-
-    Attributes:
-        rule: The rule.
-        missing: Rungs that it needs and nobody measured: then nothing else is known.
-        regret: Mean over seeds, in nats.
-        relative_regret: As in :class:`Foretold`.
-        spent: FLOPs of all candidates as a share of the stage's, mean over seeds; measuring is
-            left out, for its FLOPs were not recorded.
-        stopped_at: The last rung, of each seed.
-        unresolved: Seeds in which the winner could not be told from another.
-    """
-
-    rule: RaceRule
-    missing: tuple[int, ...] = ()
-    regret: float = math.nan
-    relative_regret: float = math.nan
-    spent: float = math.nan
-    stopped_at: tuple[int, ...] = ()
-    unresolved: int = 0
-
-
-def rules(steps: Sequence[int]) -> list[RaceRule]:
-    """Those that are replayed: a fixed k at each rung, halving, the paired race by its cap."""
-    fixed = [FixedRace(k=step, measurements=1) for step in steps[:-1]]
-    paired = [PairedRace(cap=cap, gamma=GAMMA, first_rung=FIRST_RUNG) for cap in CAPS]
-    return [*fixed, HalvingRace(cap=1.0, first_rung=FIRST_RUNG), *paired]
-
-
-def replayed(pool: Pool) -> list[Replay]:
-    """One finding per rule."""
-    steps = rungs(pool)
-    return [_replay(pool, rule, steps) for rule in rules(steps)]
-
-
-def _replay(pool: Pool, rule: RaceRule, steps: Sequence[int]) -> Replay:
-    horizon = steps[-1]
-    needed = rungs_of(rule, horizon=horizon, first=FIRST_RUNG)
-    if missing := tuple(step for step in needed if step not in steps):
-        return Replay(rule=rule, missing=missing)
-    records = {seed: _race(runs, rule, horizon) for seed, runs in pool.items()}
-    regrets = {
-        seed: pool[seed][record.winner].last - min(run.last for run in pool[seed].values())
-        for seed, record in records.items()
-    }
-    return Replay(
-        rule=rule,
-        regret=statistics.fmean(regrets.values()),
-        relative_regret=statistics.fmean(
-            regret / spread_of(pool[seed]) for seed, regret in regrets.items()
-        ),
-        spent=statistics.fmean(
-            record.spent / (horizon * _step_flops(pool[seed])) for seed, record in records.items()
-        ),
-        stopped_at=tuple(record.step for record in records.values()),
-        unresolved=sum(not record.resolved for record in records.values()),
-    )
-
-
-def _race(runs: Mapping[str, Run], rule: RaceRule, horizon: int) -> RaceRecord:
-    def look_up(names: Sequence[str], step: int) -> dict[str, Measurement]:
-        return {
-            name: Measurement(
-                losses=runs[name].measured[step],
-                flops_per_step=runs[name].flops_per_step,
-                training_flops=step * runs[name].flops_per_step,
-                measuring_flops=0.0,
-                tokens=0,
-                seconds=0.0,
-                exactness=EXACTNESS.index(runs[name].exactness),
-            )
-            for name in names
-        }
-
-    return run_race(
-        list(runs),
-        rule=rule,
-        horizon=horizon,
-        first=FIRST_RUNG,
-        step_flops=_step_flops(runs),
-        metric="loss",
-        measure=look_up,
-    )
-
-
-def _step_flops(runs: Mapping[str, Run]) -> float:
-    return next(iter(runs.values())).flops_per_step
 
 
 # --- how it ended, and what scratch gives ---------------------------------------------------------

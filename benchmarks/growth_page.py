@@ -7,13 +7,10 @@ from dataclasses import asdict
 
 import growth
 from growth_findings import (
-    FIRST_RUNG,
-    GAMMA,
     RESAMPLES,
     Ended,
     Foretold,
     Pool,
-    Replay,
     Scratch,
     between_seeds,
     blind_regret,
@@ -23,10 +20,10 @@ from growth_findings import (
     holds_from,
     horizon_of,
     objectives,
-    replayed,
     scratch,
     spread_of,
 )
+from growth_replays import FIRST_RUNG, GAMMA, Replay, replayed
 from markdown_parts import Data, interval, origin, table
 
 from samara.growth.config import FixedRace, HalvingRace
