@@ -5,10 +5,7 @@ The inference benchmark's switch changes the kernel, not the model.
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +13,6 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def benchmark() -> Iterator[Callable[[str], Any]]:
-    """Imports a script as it imports its neighbours: from its own folder."""
-    folder = str(ROOT / "benchmarks")
-    sys.path.insert(0, folder)
-    loaded = [path.stem for path in (ROOT / "benchmarks").glob("*.py")]
-    yield importlib.import_module
-    sys.path.remove(folder)
-    for name in loaded:
-        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +144,41 @@ def test_a_page_that_is_not_up_to_date_is_told(benchmark, tmp_path, monkeypatch)
         results.main(["--check"])
     results.main([])
     results.main(["--check"])
+
+
+def test_a_picture_that_is_not_up_to_date_is_told(benchmark, tmp_path, monkeypatch):
+    results = benchmark("results")
+    monkeypatch.setattr(results, "PAGE", tmp_path / "results.md")
+    results.main([])
+    (tmp_path / "growth-lag.svg").write_text("<svg/>")
+    with pytest.raises(SystemExit, match=r"growth-lag\.svg: is not what .* run `python"):
+        results.main(["--check"])
+
+
+def test_memory_of_one_device_in_two_files_is_one_table(benchmark, tmp_path):
+    results = benchmark("results")
+    cut, rest, other = (
+        json.loads((results.FOLDER / f"memory-{name}.json").read_text())
+        for name in ("cuda", "cuda-more", "cpu")
+    )
+    for name, data in (("cuda", cut), ("cuda-more", rest), ("cpu", other)):
+        (tmp_path / f"memory-{name}.json").write_text(json.dumps(data))
+    page = results.markdown(tmp_path)
+    assert page.count("| case |") == page.count("The largest error is") == 2
+    assert page.index("| cola | 8 × 256 | 983 |") > page.index("| llama | 8 × 256 | 1,033 |")
+    assert "`python benchmarks/memory.py --device cuda` (cut short), `python" in page
+    assert page.count("Not measured on this device: uniform bf16; llama checkpointed; ") == 1
+    (tmp_path / "memory-cuda-more.json").unlink()
+    assert "; cut short: not all cases ran.*" in results.markdown(tmp_path)
+
+
+def test_where_the_figures_were_written_to_is_not_part_of_the_command(benchmark):
+    data = {
+        "command": "python benchmarks/some.py --size a --json /there/out.json --repeats 3",
+        "environment": {"cpu": "a CPU", "packages": {"torch": "2"}, "commit": "c"},
+    }
+    line = benchmark("markdown_parts").origin(data)
+    assert line == "*`python benchmarks/some.py --size a --repeats 3`; a CPU; torch 2; commit c.*"
 
 
 def test_the_demo_is_collected_from_what_its_stages_wrote(benchmark, tmp_path):
