@@ -61,7 +61,7 @@ venv-dev: .venv/installed-dev
 	@touch $@
 
 .venv/installed-dev: .venv/installed
-	$(PIP_INSTALL) -e '.[data,tracking,evaluate,registry,dev]'
+	$(PIP_INSTALL) -e '.[data,tracking,evaluate,adapt,registry,dev]'
 	@touch $@
 
 clean:

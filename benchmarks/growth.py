@@ -20,13 +20,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,7 +38,7 @@ from samara.growth.config import GrowConfig
 from samara.growth.operator_config import OperatorConfig
 from samara.measure.budget import budget
 from samara.model.config import ModelConfig
-from samara.runs import read_json
+from samara.runs import read_json, write_json
 
 UNITS = 64
 """Groups of validation rows that losses are kept by."""
@@ -273,31 +272,38 @@ def _grown(scale: Scale, task: Task, corpus: Path, out: Path) -> dict[str, Any]:
                 job.train(until=step)
             one = job.measure(start=TrainingState(), with_indicators=False)
             path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(_in_units(one.losses)))
-        measured[str(step)] = json.loads(path.read_text())
+            write_json(path, _in_units(one.losses))
+        measured[str(step)] = read_json(path)
     return {
         "exactness": EXACTNESS[one.exactness],
-        "loss": _mean(measured[str(scale.steps)]),
-        "rungs": measured,
+        "loss": mean_loss(measured[str(scale.steps)]),
+        "num_targets": measured["0"]["num_targets"],
+        "rungs": {step: units["nll_sum"] for step, units in measured.items()},
         "flops_per_step": one.flops_per_step,
         "flops": source.inherited.flops + one.training_flops,
         "seconds": one.seconds,
     }
 
 
-def _in_units(losses: Any) -> dict[str, list[float]]:
-    """Losses by group of rows: enough to pair candidates by, and small enough to keep."""
+def _in_units(losses: Any) -> dict[str, str]:
+    """Losses by group of rows: enough to pair candidates by, and short enough to keep."""
     import numpy as np
 
     units = min(UNITS, len(losses.nll_sum))
     return {
-        name: [float(f"{part.sum():.8g}") for part in np.array_split(getattr(losses, name), units)]
+        name: " ".join(f"{g.sum():.8g}" for g in np.array_split(getattr(losses, name), units))
         for name in ("nll_sum", "num_targets")
     }
 
 
-def _mean(units: dict[str, list[float]]) -> float:
-    return math.fsum(units["nll_sum"]) / math.fsum(units["num_targets"])
+def numbers(text: str) -> list[float]:
+    """What :func:`_in_units` wrote."""
+    return [float(word) for word in text.split()]
+
+
+def mean_loss(units: Mapping[str, str]) -> float:
+    """Nats per target."""
+    return math.fsum(numbers(units["nll_sum"])) / math.fsum(numbers(units["num_targets"]))
 
 
 # --- the queue ------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ A recipe names one verb, or chains several as ``stages``:
                                       data: {prepare: …}
                                       dense: {pretrain: {data: {corpus: stage:data}, …}}
 
-A value ``stage:NAME`` means the folder of an earlier stage. ``defaults`` holds, per verb, what its
-stages share; a stage's own keys win. There is no inheritance between files.
+A value ``stage:NAME`` means the folder of an earlier stage, ``stage:NAME/FILE`` something in it.
+``defaults`` holds, per verb, what its stages share; a stage's own keys win. There is no inheritance
+between files.
 
 Nothing here imports torch; a verb's module is imported when it runs.
 """
@@ -27,6 +28,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from samara.adapt.config import FinetuneConfig
 from samara.config import Config, apply_overrides, load_yaml, merge, validate
 from samara.data.config import PrepareConfig
 from samara.errors import ConfigError, did_you_mean
@@ -59,6 +61,7 @@ VERBS: dict[str, Verb] = {
     "pretrain": Verb(config=PretrainConfig, function="samara.train.pretrain:pretrain"),
     "grow": Verb(config=GrowConfig, function="samara.growth.grow:grow_verb"),
     "instruct": Verb(config=InstructConfig, function="samara.train.instruct:instruct"),
+    "finetune": Verb(config=FinetuneConfig, function="samara.adapt.finetune:finetune"),
     "evaluate": Verb(config=EvaluateConfig, function="samara.measure.evaluate:evaluate"),
     "report": Verb(config=ReportConfig, function="samara.report.report:report"),
 }
@@ -75,6 +78,8 @@ class StageConfig(Config):
     """Checkpoint in; a larger one out that trained on."""
     instruct: InstructConfig | None = None
     """Model and conversations in; a model that answers out."""
+    finetune: FinetuneConfig | None = None
+    """Model and task in; a delta, an adapter or a model out."""
     evaluate: EvaluateConfig | None = None
     """Models in; scores with intervals out."""
     report: ReportConfig | None = None
@@ -255,7 +260,7 @@ def _references(value: Any, path: str, earlier: Mapping[str, Stage]) -> tuple[st
         ConfigError: If one is not an earlier stage.
     """
     if isinstance(value, str) and value.startswith(REFERENCE):
-        name = value.removeprefix(REFERENCE)
+        name = value.removeprefix(REFERENCE).partition("/")[0]
         if name not in earlier:
             raise ConfigError(
                 f"{path}: no earlier stage is called '{name}'{did_you_mean(name, earlier)}"
@@ -272,7 +277,8 @@ def _references(value: Any, path: str, earlier: Mapping[str, Stage]) -> tuple[st
 
 def _bind(value: Any, folders: Mapping[str, Path]) -> Any:
     if isinstance(value, str) and value.startswith(REFERENCE):
-        return str(folders[value.removeprefix(REFERENCE)])
+        name, _, inside = value.removeprefix(REFERENCE).partition("/")
+        return str(folders[name] / inside)
     if isinstance(value, Mapping):
         return {key: _bind(item, folders) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -25,9 +25,10 @@ LAYERS: list[set[str]] = [
     {"measure"},
     {"train"},
     {"growth", "sparse"},
+    {"adapt"},
     {"report"},
     {"recipe"},
-    {"lifecycle", "designs", "delta_commands", "registry_commands"},
+    {"lifecycle", "designs", "delta_commands", "model_commands", "registry_commands"},
     {"cli"},
     {"__main__"},
 ]
