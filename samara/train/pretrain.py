@@ -296,23 +296,12 @@ class Job:
         return self._layer_costs()(every_layer if rates is None else rates.keep)
 
     def _layer_costs(self) -> LayerCosts:
-        length = self.config.data.sequence_length
-        # Of a prefix LM the causal half too: what the prefix adds differs from row to row.
-        masked = isinstance(self.corpus.objective, MaskedObjective)
-        head = self.budget.head_flops.training
-        return LayerCosts(
-            rest=Costs(
-                flops_per_token=head, useful_flops_per_token=head, peak_flops=self.peak_flops
-            ),
-            layers=tuple(
-                Costs(
-                    flops_per_token=layer.flops_per_token(length).training,
-                    useful_flops_per_token=layer.flops_per_token(
-                        length, "full" if masked else "causal"
-                    ).training,
-                )
-                for layer in self.budget.layers
-            ),
+        return LayerCosts.of(
+            self.budget,
+            sequence_length=self.config.data.sequence_length,
+            # Of a prefix LM the causal half too: what the prefix adds differs from row to row.
+            masked=isinstance(self.corpus.objective, MaskedObjective),
+            peak_flops=self.peak_flops,
         )
 
     def _hooks(
