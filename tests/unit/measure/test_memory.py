@@ -10,8 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from samara.measure.budget import budget
-from samara.measure.memory import ActiveLayers, training_memory
+from samara.measure.budget import ActiveLayers, budget
+from samara.measure.memory import training_memory
 from samara.model.config import ModelConfig
 from samara.model.configuration import SamaraConfig
 from samara.model.cross_entropy import linear_cross_entropy
@@ -262,7 +262,8 @@ def test_a_budget_of_layers_is_a_promise_of_memory(
     ).total
     everything = training_memory(design, **shape).total
 
-    assert predicted == pytest.approx(measured, rel=0.08)
+    # Of earlier micro-batches the gradients of all layers are counted, whichever ran in them.
+    assert 0.95 * measured <= predicted <= (1.05 if micro_batches == 1 else 1.08) * measured
     assert predicted < everything
 
 
