@@ -271,7 +271,8 @@ def layer_dropout(files: Sequence[Data]) -> str:
         "## Layer dropout: time and memory of a step\n\n"
         "Against the first row of each model, which runs all layers. Peak: of the process above\n"
         "what it holds before there is a model (CPU), of tensors (CUDA). Kept: what forward\n"
-        "leaves for backward. Independent gates have the budget's mean and the peak of the worst pass.\n\n"
+        "leaves for backward. Independent gates have the budget's mean and the peak of the worst\n"
+        "pass.\n\n"
         + blocks(files, show)
     )
 
