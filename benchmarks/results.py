@@ -220,9 +220,45 @@ def growth(files: Sequence[Data]) -> str:
     return growth_page.section(files, picture=GROWTH_PICTURE)
 
 
+def layer_dropout(files: Sequence[Data]) -> str:
+    """Layer dropout: time of a step and memory against training all layers, per device."""
+
+    def show(data: Data) -> str:
+        rows, first = [], {}
+        for row in data["rows"]:
+            whole = first.setdefault(row["model"], row)
+            rows.append(
+                [
+                    f"{row['model']}, {row['method']}",
+                    f"{row['mean_active_layers']:.1f}",
+                    f"{1000 * row['step_seconds']:,.0f}",
+                    f"{row['step_seconds'] / whole['step_seconds']:.2f}",
+                    megabytes(row["peak_bytes"]),
+                    f"{row['peak_bytes'] / whole['peak_bytes']:.2f}",
+                    megabytes(row["saved_bytes"]),
+                ]
+            )
+        size = data["settings"]["size"]
+        shape = (
+            f"{size['layers']} layers, width {size['width']}, {size['rows']} × {size['length']} "
+            "tokens."
+        )
+        header = ("case", "layers run", "step, ms", "relative", "peak, MB", "relative", "kept, MB")
+        return f"{shape}\n\n{table(header, rows)}"
+
+    return (
+        "## Layer dropout: time and memory of a step\n\n"
+        "Against the first row of each model, which runs all layers. Peak: of the process above\n"
+        "what it holds before there is a model (CPU), of tensors (CUDA). Kept: what forward\n"
+        "leaves for backward. Independent gates have the budget's mean and the peak of the worst\n"
+        "pass.\n\n" + blocks(files, show)
+    )
+
+
 SECTIONS: dict[str, Callable[[Sequence[Data]], str]] = {
     "flops": flops,
     "memory": memory,
+    "layer_dropout": layer_dropout,
     "inference": inference,
     "growth": growth,
     "evaluation": evaluation,

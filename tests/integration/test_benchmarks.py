@@ -115,6 +115,42 @@ def test_the_memory_benchmark_measures_a_case_in_a_process_of_its_own(
     assert "--only uniforn: no such case; there are uniform," in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("model", ["llama-lora", "samara"])
+def test_the_layer_dropout_benchmark_trains_every_model(benchmark, model):
+    dropout = benchmark("layer_dropout")
+    for method in (dropout.METHODS[0], dropout.METHODS[2]):
+        found = dropout.train_case(
+            model, method, dropout.SIZES["toy"], "cpu", steps=1, saved=not method.checkpointing
+        )
+        assert found["mean_active_layers"] == (4 if method.layer_dropout is None else 2)
+        assert found["saved_bytes"] > 0
+
+
+def test_the_layer_dropout_benchmark_measures_every_way_to_train(
+    benchmark, tmp_path, monkeypatch, capsys
+):
+    dropout, results = benchmark("layer_dropout"), benchmark("results")
+
+    def in_this_process(name: str, method: Any, *, size: str, device: str, steps: int) -> Any:
+        return dropout.measure(name, method, dropout.SIZES[size], device, steps)
+
+    monkeypatch.setattr(dropout, "in_fresh_process", in_this_process)
+    monkeypatch.setattr("samara.train.memory._return_freed_memory", lambda: None)  # slow
+    out = tmp_path / "layer_dropout-cpu.json"
+    dropout.main(["--size", "toy", "--steps", "2", "--models", "bert-lora", "--json", str(out)])
+    rows = {row["method"]: row for row in json.loads(out.read_text())["rows"]}
+    kept = [
+        rows[name]["saved_bytes"]
+        for name in ("all layers", *(f"dropout {r}, budgeted" for r in (0.25, 0.5, 0.75)))
+    ]
+    assert len(rows) == len(capsys.readouterr().out.splitlines()) == len(dropout.METHODS)
+    assert kept[0] - kept[1] == pytest.approx(kept[2] - kept[3], rel=0.1)
+    assert rows["dropout 0.5, budgeted"]["mean_active_layers"] == 2
+    assert rows["checkpointing"]["saved_bytes"] is None
+    assert all(row["step_seconds"] > 0 for row in rows.values())
+    assert "| bert-lora, dropout 0.5, budgeted | 2.0 |" in results.markdown(tmp_path)
+
+
 def test_the_results_page_is_made_of_the_committed_figures(benchmark):
     results = benchmark("results")
     assert results.PAGE.read_text(encoding="utf-8") == results.markdown()
