@@ -28,7 +28,7 @@ LAYERS: list[set[str]] = [
     {"adapt"},
     {"report"},
     {"recipe"},
-    {"lifecycle", "designs", "delta_commands", "registry_commands"},
+    {"lifecycle", "designs", "delta_commands", "model_commands", "registry_commands"},
     {"cli"},
     {"__main__"},
 ]
