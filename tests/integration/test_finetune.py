@@ -390,7 +390,7 @@ def test_what_does_not_fit_is_said_in_a_line(
     alone = config.data.model_copy(update={"train": str(tmp_path / "one.jsonl")})
     fails(DataError, "holds one row 1 times", config.model_copy(update={"data": alone}))
     missing = config.data.model_copy(update={"train": str(rows / "none.jsonl")})
-    fails(DataError, "no such file", config.model_copy(update={"data": missing}))
+    fails(DataError, "(?i)no such file", config.model_copy(update={"data": missing}))
     labels = settings(llama, rows, "labels", SPARSE)
     one = labels.task.model_copy(update={"labels": ("positive",)})
     fails(ConfigError, r"task\.labels: .*two different", labels.model_copy(update={"task": one}))
