@@ -262,7 +262,7 @@ TECHNIQUES: tuple[Technique, ...] = (
     Technique(
         name="Sparse updates in place",
         does="trains selected weights alone: gradients, masters and moments of those",
-        paper="SIFT; SHiRA (2406.13175); S2FT (2412.06289); PaCA (2503.01905)",
+        paper="SIFT; SHiRA (2406.13175); PaCA (2503.01905)",
         arxiv="2312.11875",
         module="samara.sparse.gradients",
         recipe="recipes/finetune.yaml",
@@ -280,7 +280,7 @@ TECHNIQUES: tuple[Technique, ...] = (
     Technique(
         name="Automatic choice of the score",
         does="short trials of several masks by successive halving, undone exactly",
-        paper="Hyperparameter optimization by successive halving",
+        paper="Non-stochastic best arm identification and hyperparameter optimization",
         arxiv="1502.07943",
         module="samara.sparse.auto",
         recipe="recipes/finetune.yaml",
