@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-Data = Mapping[str, Any]
+from markdown_parts import Data, blocks, table
+
 DASH = "–"
 
 
@@ -17,6 +17,24 @@ class Table:
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+
+
+def section(files: Sequence[Data]) -> str:
+    """The section of docs/results.md."""
+
+    def show(data: Data) -> str:
+        return "\n\n".join(
+            f"**{found.title}**\n\n{table(found.header, found.rows)}" for found in tables(data)
+        )
+
+    return (
+        "## Which method to adapt with\n\n"
+        "Every method got as many learning rates, judged by validation loss; *(edge)*: the best\n"
+        "was the first or last of them. Scores in points with 95 % intervals over rows and seeds;\n"
+        "*no signal*: full fine-tuning gained less than 5 points over the base, so that the task\n"
+        "tells no method from another; *return*: gain at its price less cost, over cost.\n\n"
+        + blocks(files, show)
+    )
 
 
 def tables(data: Data) -> Iterator[Table]:

@@ -347,6 +347,14 @@ def tasks_at_best_rate(scale: Scale, rows: Sequence[dict[str, Any]]) -> list[Tas
     ]
 
 
+def whole_queue(scale: Scale, rows: Sequence[dict[str, Any]]) -> list[Task]:
+    """Every run there is; those at the best rate only once the sweep is among ``rows``."""
+    first = first_tasks(scale)
+    grown = [task for source in first for task in tasks_behind(source)]
+    # The best rate at equal FLOPs is one of the sweep.
+    return list(dict.fromkeys([*first, *grown, *tasks_at_best_rate(scale, rows)]))
+
+
 def middle(scale: Scale) -> float:
     """The learning rate of sources and grown models."""
     return scale.lrs[len(scale.lrs) // 2]

@@ -28,7 +28,14 @@ LAYERS: list[set[str]] = [
     {"adapt"},
     {"report"},
     {"recipe"},
-    {"lifecycle", "designs", "delta_commands", "registry_commands", "audit_command"},
+    {
+        "lifecycle",
+        "designs",
+        "audit_command",
+        "delta_commands",
+        "model_commands",
+        "registry_commands",
+    },
     {"cli"},
     {"__main__"},
 ]
