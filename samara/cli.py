@@ -37,7 +37,6 @@ app = typer.Typer(
 
 app.add_typer(delta_commands.app, name="delta")
 app.add_typer(registry_commands.app, name="registry")
-app.command()(audit_command.audit)
 
 RecipeArgument = Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)]
 Overrides = Annotated[
@@ -185,6 +184,9 @@ def evaluate(
         comparison = paired_report(*folders)
         write_json(base / "paired.json", comparison)
         typer.echo(paired_table(comparison))
+
+
+app.command()(audit_command.audit)
 
 
 @app.command()
