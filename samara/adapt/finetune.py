@@ -97,8 +97,8 @@ class Job:
     def __init__(self, config: FinetuneConfig, run: RunFolder, place: Place) -> None:
         self.config, self.run, self.place = config, run, place
         rows = read_task_rows(config)
-        loaded = self._load(rows)
         self.memory = PeakMemory(place.device)
+        loaded = self._load(rows)
         self.task = Task(config, rows, loaded.model, loaded.tokenizer)
         self.folder, self.parents = loaded.folder, self._parents(rows, loaded)
         write_json(run.path / "data.json", self._data_record(rows))
@@ -111,6 +111,8 @@ class Job:
         self.base_items = self._scored(loaded.model) if config.score_base else None
         self.adaptation = self._adapt(loaded)
         self.model = self.adaptation.model
+        self.preparation_peak = self.memory.peak()
+        self.memory.restart()  # what choosing took is no part of what training takes
         self.state = TrainingState()
         self.checkpoints = Checkpoints(
             run.path / "checkpoints",
@@ -397,6 +399,7 @@ class Job:
             },
             "tokens_per_second": state.tokens / state.seconds,
             "peak_memory_bytes": state.peak_memory_bytes,
+            "preparation_peak_bytes": self.preparation_peak,
             "optimizer_bytes": adaptation.optimizer_bytes,
             "trained_parameters": adaptation.num_trained,
             "parameters": sum(p.numel() for p in self.model.parameters()),

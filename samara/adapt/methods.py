@@ -263,6 +263,12 @@ class SparseAdaptation:
     def details(self) -> dict[str, Any]:
         """See :class:`Adaptation`: the score, the density reached, and the memory formula."""
         weights = [entry.weight for entry in self._attachment.selected.values()]
+        beside = self._record["selection"]["trained_fully"]
+        chosen = sum(
+            entry.support.index.numel()
+            for name, entry in self._attachment.selected.items()
+            if name not in beside
+        )
         formula = sparse_memory(
             num_weights=sum(p.numel() for p in self.model.parameters()),
             num_entries=self.num_trained,
@@ -271,7 +277,7 @@ class SparseAdaptation:
         )
         return {
             "score": self._wanted.score,
-            "density": self.num_trained / self._record["selection"]["target_weights"],
+            "density": chosen / self._record["selection"]["target_weights"],
             "support_id": self._attachment.support.support_id,
             "formula_bytes": {
                 "weights": formula.weights,

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from samara.measure.budget import Budget, Checkpointing, LayerBudget, budget
+from samara.measure.budget import ActiveLayers, Budget, Checkpointing, LayerBudget, budget
 from samara.model.attention import MAX_KEYS_BY_PRODUCTS
 from samara.model.config import PROJECTIONS, ModelConfig
 from samara.model.cross_entropy import CHUNK_ELEMENTS
@@ -80,6 +80,7 @@ def training_memory(
     activation_checkpointing: Checkpointing,
     accumulates: bool = False,
     device: DeviceKind = "cpu",
+    active_layers: ActiveLayers | None = None,
 ) -> Memory:
     """Estimate the memory of training a design.
 
@@ -92,6 +93,7 @@ def training_memory(
         activation_checkpointing: What layers keep for backward.
         accumulates: Whether a step has several micro-batches; gradients then wait in memory.
         device: Decides the kernels, and with them what they keep.
+        active_layers: Layers that run in a pass, the worst of which is estimated; None: all.
     """
     costs = budget(design)
     shape = _Shape(
@@ -102,6 +104,7 @@ def training_memory(
         on_cuda=device == "cuda",
         gate_silu=design.cola is None or design.cola.activation == "both",
     )
+    active = active_layers or ActiveLayers(count=len(costs.layers))
     weights = FLOAT32 * costs.parameters.total
     kernels = _kernels(costs, shape)
     step = _Step(
@@ -110,6 +113,7 @@ def training_memory(
         fixed=weights + _optimizer_state(costs, optimizer) + kernels,
         accumulates=accumulates,
         chunk_elements=CHUNK_ELEMENTS[device],
+        active=active,
     )
     return Memory(
         weights=weights,
@@ -258,6 +262,14 @@ class _Step:
     fixed: int
     accumulates: bool
     chunk_elements: int
+    active: ActiveLayers
+
+    @property
+    def ran(self) -> tuple[LayerBudget, ...]:
+        """The layers of the pass that leaves most for backward, from the bottom."""
+        layers = self.costs.layers
+        largest = self.active.largest([self.shape.kept(layer) for layer in layers])
+        return tuple(layers[number] for number in sorted(largest))
 
     @property
     def gradients(self) -> int:
@@ -288,7 +300,7 @@ class _Step:
 
     @property
     def activations(self) -> int:
-        layers = sum(self.shape.kept(layer) for layer in self.costs.layers)
+        layers = sum(self.shape.kept(layer) for layer in self.ran)
         return layers + self.ends + self.taken_ahead
 
     def cross_entropy(self) -> int:
@@ -309,13 +321,13 @@ class _Step:
                 chunk = max(chunk, added)
             chunk += shape.element * costs.vocab_size * costs.hidden_size
             if shape.mode != "none":  # autocast's cache lives until its context ends
-                chunk += sum(shape.weight_copies(layer) for layer in costs.layers)
+                chunk += sum(shape.weight_copies(layer) for layer in self.ran)
         chunk += self.stream  # the final norm's output
         return self.fixed + self.gradients + self.activations + chunk
 
     def backward(self) -> int:
         """The largest moment on the way back through the layers."""
-        costs, shape = self.costs, self.shape
+        shape = self.shape
         left = self.activations
         arrived = self.gradients
         # The gradients taken ahead and their scaled copies; then the taken ones go.
@@ -323,7 +335,7 @@ class _Step:
         left -= self.taken_ahead
         # Tied, the head's gradient waits for the embedding's; untied, it is there for good.
         waiting = self.vocabulary
-        for layer in reversed(costs.layers):
+        for layer in reversed(self.ran):
             now = left + arrived + waiting + shape.recomputed(layer) + shape.passing(layer)
             peak = max(peak, now)
             left -= shape.kept(layer)
@@ -334,4 +346,9 @@ class _Step:
 
     def update(self) -> int:
         """The optimizer's step: everything but activations."""
-        return self.fixed + FLOAT32 * self.costs.parameters.total
+        parameters = self.costs.parameters.total
+        if not self.accumulates:  # what did not run has no gradient
+            sizes = [layer.parameters for layer in self.costs.layers]
+            parameters -= sum(sizes)
+            parameters += sum(sizes[number] for number in self.active.largest(sizes))
+        return self.fixed + FLOAT32 * parameters

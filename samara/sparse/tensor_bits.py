@@ -70,7 +70,12 @@ class TensorSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Entries:
-    """Entries of a live tensor: a flat window on its storage, and where in it they lie."""
+    """Entries of a live tensor: a flat window on its storage, and where in it they lie.
+
+    On the CPU numpy writes them, on one thread: where other programs keep a core busy, torch's
+    threads wait for each other longer than the writing takes (a model of 1.2 B weights: 0.3 s of
+    the processor instead of 0.06 s).
+    """
 
     window: Tensor
     positions: Tensor
@@ -78,12 +83,17 @@ class Entries:
     def read(self) -> Bits:
         """The bits now, on the host."""
         found = self.window.index_select(0, self.positions).cpu().numpy()
-        return found.view(np.dtype(f"<u{found.dtype.itemsize}"))
+        bits: Bits = found.view(np.dtype(f"<u{found.dtype.itemsize}"))
+        return bits
 
     def write(self, bits: Bits) -> None:
         """Set the bits; the storage stays where it is."""
-        values = torch.from_numpy(bits.view(np.dtype(f"<i{bits.dtype.itemsize}")))
-        self.window.index_copy_(0, self.positions, values.to(self.window.device))
+        signed = bits.view(np.dtype(f"<i{bits.dtype.itemsize}"))
+        if self.window.device.type == "cpu":
+            self.window.numpy()[self.positions.numpy()] = signed
+        else:
+            values = torch.from_numpy(signed).to(self.window.device)
+            self.window.index_copy_(0, self.positions, values)
 
 
 def entries(tensor: Tensor, indices: Indices) -> Entries:
