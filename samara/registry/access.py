@@ -1,4 +1,7 @@
-"""How commands and verbs come to a registry: the registry itself, who acts, files of evidence."""
+"""How commands and verbs come to a registry: the registry itself, who acts, files of evidence.
+
+Imports nothing heavy by itself, since the command line imports it for its help.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,10 @@ import getpass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from samara.config import load_yaml, validate
 from samara.errors import ConfigError, RegistryError
-from samara.registry.records import Evidence
 
 if TYPE_CHECKING:
+    from samara.registry.records import Evidence
     from samara.registry.registry import Registry
 
 
@@ -53,4 +55,7 @@ def read_evidence(path: Path) -> Evidence:
     Raises:
         ConfigError: If it is missing or malformed.
     """
+    from samara.config import load_yaml, validate
+    from samara.registry.records import Evidence
+
     return validate(Evidence, load_yaml(path), path=str(path))
