@@ -314,6 +314,15 @@ TECHNIQUES: tuple[Technique, ...] = (
         test="tests/unit/registry/test_gates.py",
     ),
     Technique(
+        name="Stochastic layer dropout (STLD)",
+        does="leaves whole layers out of a training pass; a budget of active layers bounds the peak",
+        paper="DropPEFT (shapes, budget and scaling are ours)",
+        arxiv="2503.10217",
+        module="samara.train.layer_dropout",
+        recipe="recipes/layer-dropout.yaml",
+        test="tests/properties/test_layer_dropout.py",
+    ),
+    Technique(
         name="Document bootstrap",
         does="intervals that resample documents, paired between models",
         paper="Bootstrap methods (Efron 1979)",
