@@ -154,7 +154,9 @@ def lora_weights(base: Path, rank: int) -> int:
     config = AutoConfig.from_pretrained(model_folder(base), local_files_only=True)
     with torch.device("meta"):
         model = AutoModel.from_config(config)
-    modules = [use.module for use in linear_weights(model).values()]
+    # A trunk's own pooler belongs to the head: tasks train it whole.
+    weights = {name: use for name, use in linear_weights(model).items() if "pooler" not in name}
+    modules = [use.module for use in weights.values()]
     kinds = (torch.nn.Linear, Conv1D)
     return rank * sum(sum(m.weight.shape) for m in modules if isinstance(m, kinds))
 
