@@ -13,7 +13,8 @@ first seed bias, stability and the time that switching to the version takes.
 The queue goes on where it stopped: a run whose figures are in the file and whose items are in
 ``--out`` is not run again, an interrupted one goes on from its checkpoint. The sums at the end are
 made anew each time, so that other ``--prices`` cost no training. ``benchmarks/results.py`` makes
-the tables.
+the tables. Runs side by side on one GPU slow each other down: for times that can be quoted, no more
+workers than GPUs.
 """
 
 from __future__ import annotations
