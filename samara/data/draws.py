@@ -11,11 +11,13 @@ the same for all releases, and nothing of the kind for its distributions.
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from samara.data.tokens import IntArray
+if TYPE_CHECKING:  # tokens imports torch, which drawing numbers does not need
+    from samara.data.tokens import IntArray
 
 
 class Purpose(IntEnum):
@@ -24,6 +26,11 @@ class Purpose(IntEnum):
     MASKED_LM = 1
     UL2_ORDER = 2
     UL2_SPANS = 3
+    CLIENT_SAMPLE = 4
+    CLIENT_TRACE = 5
+    CLIENT_PARTITION = 6
+    CLIENT_SPLIT = 7
+    ARM_CHOICE = 8
 
 
 class Draws:

@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
     {"measure"},
     {"train"},
     {"growth"},
-    {"report"},
+    {"federated", "report"},
     {"recipe"},
     {"lifecycle", "designs"},
     {"cli"},

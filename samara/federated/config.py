@@ -1,0 +1,97 @@
+"""Settings of federated fine-tuning: clients, layer dropout, sharing, devices. No torch here."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from samara.config import Config
+from samara.errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
+Shape = Literal["uniform", "incremental", "decay", "normal"]
+
+
+# --- the configurator -----------------------------------------------------------------------------
+
+
+class EpsilonGreedy(Config):
+    """Explore with a probability that falls over the rounds; otherwise the best mean."""
+
+    kind: Literal["epsilon_greedy"] = "epsilon_greedy"
+    epsilon: Fraction = 0.3
+    """Probability of exploring in round 0."""
+    decay: Share = 0.97
+    """Its factor per round."""
+    floor: Fraction = 0.05
+    """It falls no lower."""
+
+
+class UCBTuned(Config):
+    """UCB1-tuned (Auer et al. 2002) over discounted observations."""
+
+    kind: Literal["ucb_tuned"] = "ucb_tuned"
+
+
+class SlidingWindow(Config):
+    """UCB1-tuned over the last observations of the class alone."""
+
+    kind: Literal["sliding_window"] = "sliding_window"
+    window: PositiveInt = 100
+    """Observations kept."""
+
+
+class Thompson(Config):
+    """Sample a mean of each arm from a normal posterior, and take the largest."""
+
+    kind: Literal["thompson"] = "thompson"
+    prior_count: PositiveFloat = 1.0
+    """How many observations the prior counts for: narrows the posterior of a young arm."""
+
+
+Policy = Annotated[EpsilonGreedy | UCBTuned | SlidingWindow | Thompson, Field(discriminator="kind")]
+
+
+class ConfiguratorConfig(Config):
+    """Chooses rate and shape of layer dropout per device, by trying."""
+
+    rates: tuple[Rate, ...] = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8)
+    """Mean drop rates. 0, nothing dropped, is always an arm."""
+    shapes: tuple[Shape, ...] = ("incremental", "uniform")
+    """How a rate is spread over the depth; each with each rate."""
+    policy: Policy = EpsilonGreedy()
+    per: Literal["second", "joule"] = "second"
+    """What the gain of a local training is divided by."""
+    discount: Share = 0.98
+    """Weight that an observation loses per round."""
+    explore_share: Share = 0.5
+    """Largest share of a class's clients in one round whose arm is not the best known."""
+    memory_margin: NonNegativeFloat = 0.1
+    """An arm is offered if its modelled peak times 1 + margin fits the device."""
+    quarantine_rounds: PositiveInt = 20
+    """How long an arm that failed is not offered to its class."""
+    accuracy_drop: Share = 0.05
+    """A fall of a client's validation accuracy that counts against the arm; two in a row do."""
+    offset_strength: PositiveFloat = 5.0
+    """Observations after which half of a device's own deviation from its class is believed."""
+    change_threshold: PositiveFloat = 0.5
+    """Cumulated change of log slowness that counts as a changed device (0.69 is twice as slow)."""
+    change_drift: NonNegativeFloat = 0.05
+    """Change of log slowness per observation that is noise."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("rates", "shapes"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ConfigError(f"{name}: give one or more different values, got {list(values)}")
+        return self
