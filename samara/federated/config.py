@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import (
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     model_validator,
@@ -94,4 +95,41 @@ class ConfiguratorConfig(Config):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ConfigError(f"{name}: give one or more different values, got {list(values)}")
+        return self
+
+
+# --- sharing layers -------------------------------------------------------------------------------
+
+
+class SharingConfig(Config):
+    """Which layers a client gives to all, and which it keeps for itself."""
+
+    direction: Literal["all", "share_common", "share_important", "depth", "none"] = "all"
+    """`all`: every layer is shared. `share_common`: a client keeps the layers that matter more to
+    it than to the others. `share_important`: it shares those. `depth`: it shares the lower layers.
+    `none`: nothing but the head."""
+    shared_layers: PositiveInt | None = None
+    """Layers that a client shares. Left out: half of them."""
+    max_personal_layers: NonNegativeInt | None = None
+    """Policy: most layers that a client may keep. Left out: all but one."""
+    importance: Literal["grad_norm", "fisher", "weight_change", "taylor"] = "grad_norm"
+    """Accumulated over the batches in which the layer was active, per such batch."""
+    memory: Share = 0.5
+    """Weight of the newest participation in a client's running importance."""
+    hysteresis: NonNegativeFloat = 0.1
+    """Relative margin by which a layer must be on the other side of the cut …"""
+    patience: PositiveInt = 2
+    """… in so many participations of the client in a row, before it changes side."""
+    share_every_rounds: PositiveInt = 10
+    """Policy: a layer that nobody shared for so many rounds is asked of the clients chosen next."""
+    head: Literal["shared", "personal"] = "shared"
+    """What is in no layer, as the classifier; `personal` for clients with labels of their own."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.direction == "none" and self.max_personal_layers is not None:
+            raise ConfigError(
+                "max_personal_layers: direction none keeps every layer personal; leave it out, or "
+                "choose another direction"
+            )
         return self
