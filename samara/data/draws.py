@@ -26,11 +26,11 @@ class Purpose(IntEnum):
     MASKED_LM = 1
     UL2_ORDER = 2
     UL2_SPANS = 3
-    CLIENT_SAMPLE = 4
-    CLIENT_TRACE = 5
-    CLIENT_PARTITION = 6
-    CLIENT_SPLIT = 7
-    ARM_CHOICE = 8
+    CLIENT_SAMPLE = 10
+    CLIENT_TRACE = 11
+    CLIENT_PARTITION = 12
+    CLIENT_SPLIT = 13
+    ARM_CHOICE = 14
 
 
 class Draws:

@@ -133,3 +133,114 @@ class SharingConfig(Config):
                 "choose another direction"
             )
         return self
+
+
+# --- whose data -----------------------------------------------------------------------------------
+
+
+class IIDPartition(Config):
+    """Every client the same: equal numbers of rows, drawn at random."""
+
+    kind: Literal["iid"] = "iid"
+
+
+class DirichletPartition(Config):
+    """Clients with labels of their own: each label is spread by a draw from Dirichlet(alpha)."""
+
+    kind: Literal["dirichlet"] = "dirichlet"
+    alpha: PositiveFloat = 1.0
+    """0.1: most clients see one or two labels; 10: nearly all see the same."""
+    min_rows: PositiveInt = 10
+    """A client that is left with fewer takes rows from the largest."""
+
+
+class KeyPartition(Config):
+    """Natural clients: all rows with the same value of a field are one client's."""
+
+    kind: Literal["key"] = "key"
+    field: str
+    """The field, as `user`."""
+    min_rows: PositiveInt = 3
+    """Users with fewer rows are left out."""
+
+
+class QuantityPartition(Config):
+    """Clients of unlike sizes: the rows are spread by a draw from Dirichlet(alpha)."""
+
+    kind: Literal["quantity"] = "quantity"
+    alpha: PositiveFloat = 1.0
+    min_rows: PositiveInt = 10
+    """A client that is left with fewer takes rows from the largest."""
+
+
+Partition = Annotated[
+    IIDPartition | DirichletPartition | KeyPartition | QuantityPartition,
+    Field(discriminator="kind"),
+]
+
+
+# --- devices and their clock ----------------------------------------------------------------------
+
+
+class SlownessChange(Config):
+    """From a round on, the device is slower or faster than before."""
+
+    round: NonNegativeInt
+    factor: PositiveFloat
+    """2: takes twice the time."""
+
+
+class FederatedDevice(Config):
+    """A kind of device that clients run on; clients of one kind are one class of the configurator.
+
+    What follows from it is modelled, not measured.
+    """
+
+    name: str
+    slowness: PositiveFloat
+    """Compute time over that of the reference: the Jetson TX2, or the machine calibrated on."""
+    memory_bytes: PositiveFloat
+    """What training may use."""
+    download_bytes_per_second: PositiveFloat
+    upload_bytes_per_second: PositiveFloat
+    compute_watts: NonNegativeFloat
+    communicate_watts: NonNegativeFloat
+    availability: Fraction = 1.0
+    """Probability that a client can be reached in a round."""
+    failure_probability: Fraction = 0.0
+    """Probability that a client which was asked sends no reply."""
+    slowness_changes: tuple[SlownessChange, ...] = ()
+    source: str
+    """Where the figures come from, and which are assumed."""
+
+
+class DeviceShare(Config):
+    """Part of the clients run on this device."""
+
+    profile: str
+    """A built-in device (jetson-tx2, jetson-nano, raspberry-pi-4b) or the path of a .yaml file."""
+    share: PositiveFloat = 1.0
+    """Relative to the other entries."""
+
+
+class CalibratedClock(Config):
+    """Measure on this machine what a batch costs, fixed and per active layer."""
+
+    kind: Literal["calibrated"] = "calibrated"
+    repetitions: PositiveInt = 5
+    """Of each depth; the median counts."""
+
+
+class GivenClock(Config):
+    """Costs of a batch from elsewhere: measured on the device itself, or published."""
+
+    kind: Literal["given"] = "given"
+    seconds_fixed: NonNegativeFloat
+    """Embedding, head, optimizer: whatever is active."""
+    seconds_per_layer: NonNegativeFloat
+    bytes_fixed: NonNegativeFloat
+    bytes_per_layer: NonNegativeFloat
+    source: str
+
+
+Clock = Annotated[CalibratedClock | GivenClock, Field(discriminator="kind")]
