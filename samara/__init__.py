@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from samara.model.loading import load_model, save_model
     from samara.model.masked_lm import SamaraForMaskedLM
     from samara.model.modeling import SamaraForCausalLM, SamaraModel, set_activation_checkpointing
+    from samara.sparse.delta import Delta
 
 __all__ = [
+    "Delta",
     "ModelConfig",
     "SamaraConfig",
     "SamaraError",
@@ -35,6 +37,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Delta": "samara.sparse.delta",
     "ModelConfig": "samara.model.config",
     "SamaraConfig": "samara.model.configuration",
     "SamaraError": "samara.errors",

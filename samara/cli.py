@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 import typer.core
 
+from samara import delta_commands
 from samara.errors import ConfigError, SamaraError, Stopped
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(delta_commands.app, name="delta")
 
 RecipeArgument = Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)]
 Overrides = Annotated[
@@ -112,6 +115,17 @@ def instruct(
     Example: samara instruct recipes/instruct.yaml --out runs/instruct
     """
     _work(recipe, overrides, out, verb="instruct", dry_run=dry_run)
+
+
+@app.command()
+def finetune(
+    recipe: RecipeArgument, overrides: Overrides = None, out: Out = None, dry_run: DryRun = False
+) -> None:
+    """Adapt a model to a task: few weights (a delta file), an adapter, or all; resumes by itself.
+
+    Example: samara finetune recipes/finetune.yaml method.selection.density=small
+    """
+    _work(recipe, overrides, out, verb="finetune", dry_run=dry_run)
 
 
 @app.command()

@@ -39,6 +39,50 @@ class RaceError(SamaraError):
     """No candidate of a growth is left to go on with."""
 
 
+class DeltaError(SamaraError):
+    """A delta file, or what it is to be applied to, is not what it must be."""
+
+
+class CorruptDelta(DeltaError):  # noqa: N818 - the file format's own names, here and below
+    """A delta file is cut short, changed, or no delta file."""
+
+
+class WrongBase(DeltaError):  # noqa: N818
+    """The weights are not those that the delta was made for."""
+
+
+class ShapeMismatch(WrongBase):
+    """A tensor is missing, or of another shape or type than in the delta's base."""
+
+
+class AlreadyApplied(DeltaError):  # noqa: N818
+    """The weights carry this delta already."""
+
+
+class OutOfOrder(DeltaError):  # noqa: N818
+    """The delta belongs on other deltas than those applied, or is not the last of them."""
+
+
+class LicenseDenied(DeltaError):  # noqa: N818
+    """The delta's licence record forbids what was asked."""
+
+
+class TiedTensorDuplicate(DeltaError):  # noqa: N818
+    """One tensor would be changed under two names."""
+
+
+class OverlapConflict(DeltaError):  # noqa: N818
+    """Deltas to be composed change the same weights."""
+
+
+class RegistryError(SamaraError):
+    """A registry refuses: unknown name, damaged object or log, or somebody else was faster."""
+
+
+class GateError(RegistryError):
+    """A version does not pass the gates of the alias it was to be given."""
+
+
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the nearest of ``options``, else the list of them.
 

@@ -27,6 +27,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from samara.adapt.config import FinetuneConfig
 from samara.config import Config, apply_overrides, load_yaml, merge, validate
 from samara.data.config import PrepareConfig
 from samara.errors import ConfigError, did_you_mean
@@ -59,6 +60,7 @@ VERBS: dict[str, Verb] = {
     "pretrain": Verb(config=PretrainConfig, function="samara.train.pretrain:pretrain"),
     "grow": Verb(config=GrowConfig, function="samara.growth.grow:grow_verb"),
     "instruct": Verb(config=InstructConfig, function="samara.train.instruct:instruct"),
+    "finetune": Verb(config=FinetuneConfig, function="samara.adapt.finetune:finetune"),
     "evaluate": Verb(config=EvaluateConfig, function="samara.measure.evaluate:evaluate"),
     "report": Verb(config=ReportConfig, function="samara.report.report:report"),
 }
@@ -75,6 +77,8 @@ class StageConfig(Config):
     """Checkpoint in; a larger one out that trained on."""
     instruct: InstructConfig | None = None
     """Model and conversations in; a model that answers out."""
+    finetune: FinetuneConfig | None = None
+    """Model and task in; a delta, an adapter or a model out."""
     evaluate: EvaluateConfig | None = None
     """Models in; scores with intervals out."""
     report: ReportConfig | None = None

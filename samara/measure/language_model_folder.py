@@ -55,9 +55,9 @@ def open_language_model(
     """
     folder = model_folder(path)
     where = _device(device)
-    with _quiet_transformers():
-        tokenizer = _load_tokenizer(folder)
-        model = _load_weights(folder, dtype=getattr(torch, precision)).to(where)
+    with quiet_transformers():
+        tokenizer = load_tokenizer(folder)
+        model = load_causal_model(folder, dtype=getattr(torch, precision)).to(where)
     return SavedLanguageModel(
         language_model=LanguageModel(model, tokenizer, batch_size=batch_size),
         folder=folder,
@@ -91,8 +91,8 @@ def open_head(
         ConfigError: If ``cuda`` is asked for and there is none.
     """
     folder, where = model_folder(path), _device(device)
-    with _quiet_transformers():
-        tokenizer = _load_tokenizer(folder)
+    with quiet_transformers():
+        tokenizer = load_tokenizer(folder)
         found = saved_head(folder)
         if found is not head:
             kind = "no model of Samara's" if found is None else f"a {found.description}"
@@ -123,7 +123,7 @@ def saved_head(path: Path) -> Head | None:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No bars and hints while loading; what matters is checked here and raised."""
     level, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -154,14 +154,19 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return fields
 
 
-def _load_weights(folder: Path, *, dtype: torch.dtype) -> Any:
+def load_causal_model(folder: Path, *, dtype: torch.dtype | None) -> Any:
+    """Load any causal language model, strictly; ``dtype`` None: as it is stored.
+
+    Raises:
+        CheckpointError: If the folder holds no complete model.
+    """
     fields = _read_config(folder)
     if fields["model_type"] == SamaraConfig.model_type:
         return load_model(folder, dtype=dtype)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=dtype,
+            dtype=dtype or "auto",
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
@@ -184,7 +189,12 @@ def _check_folder(folder: Path) -> None:
         raise CheckpointError(f"{folder}: no such folder; give a folder with a saved model")
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder.
+
+    Raises:
+        CheckpointError: If there is none that can be loaded.
+    """
     _check_folder(folder)
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise CheckpointError(

@@ -44,8 +44,15 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
-        u = _kept_product(x, self.cola_a) if self.keep_pre_activation else x @ self.cola_a
-        return functional.silu(u) @ self.cola_b
+        return self.up(functional.silu(self.down(x)))
+
+    def down(self, x: Tensor) -> Tensor:
+        """The pre-activation u = x A, (..., r)."""
+        return _kept_product(x, self.cola_a) if self.keep_pre_activation else x @ self.cola_a
+
+    def up(self, h: Tensor) -> Tensor:
+        """The output h B, (..., out_features), of h = silu(u)."""
+        return h @ self.cola_b
 
     def extra_repr(self) -> str:
         """Widths, for ``print(model)``."""

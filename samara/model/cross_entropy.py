@@ -123,7 +123,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         z_sum = torch.zeros_like(nll_sum)
         if differentiate:
             d_rows = torch.empty_like(rows, dtype=exact)
-            d_weight = torch.zeros_like(weight_vd, dtype=exact)
+            # A frozen matrix needs none: it is as large as the vocabulary.
+            d_weight = torch.zeros_like(weight_vd, dtype=exact) if ctx.needs_input_grad[1] else None
         with torch.autocast(rows.device.type, enabled=False):
             for span in _spans(rows, weight):
                 chunk_rows = rows[span].to(dtype)
@@ -134,7 +135,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if differentiate:
                     d_logits = _logit_gradient(chunk, z_loss).to(dtype)
                     d_rows[span] = d_logits @ weight
-                    d_weight += d_logits.T @ chunk_rows
+                    if d_weight is not None:
+                        d_weight += d_logits.T @ chunk_rows
         if differentiate:
             ctx.save_for_backward(d_rows, d_weight)
             ctx.dtypes = rows.dtype, weight_vd.dtype
@@ -150,7 +152,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows_dtype, weight_dtype = ctx.dtypes
         return (
             (d_rows * grad_loss).to(rows_dtype),
-            (d_weight * grad_loss).to(weight_dtype),
+            None if d_weight is None else (d_weight * grad_loss).to(weight_dtype),
             None,
             None,
             None,

@@ -38,7 +38,7 @@ from samara.runs import (
     read_json,
     write_json,
 )
-from samara.train.optim import Optimizer
+from samara.train.optim import Updater
 
 SCHEMA = 1
 STATE = "state.json"
@@ -112,7 +112,7 @@ class Checkpoints:
         self._keep_last = keep_last
         self._identity = dict(identity)
 
-    def save(self, model: nn.Module, optimizer: Optimizer, state: TrainingState) -> Path:
+    def save(self, model: nn.Module, optimizer: Updater, state: TrainingState) -> Path:
         """Write a checkpoint, then drop all but the newest ``keep_last``.
 
         Raises:
@@ -162,7 +162,7 @@ class Checkpoints:
             )
         return None
 
-    def load(self, checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
+    def load(self, checkpoint: Checkpoint, model: nn.Module, optimizer: Updater) -> None:
         """Put a verified checkpoint into a model, its optimizer and the random generators.
 
         Raises:

@@ -32,7 +32,7 @@ from samara.data.rows import Batch
 from samara.errors import NonFiniteLossError, Stopped
 from samara.train.checkpoint import TrainingState, Window
 from samara.train.objective import Objective, count_targets
-from samara.train.optim import Optimizer
+from samara.train.optim import Updater
 from samara.train.parallel import Precision, autocast
 from samara.train.stop import StopSignal
 
@@ -110,7 +110,7 @@ def train(
     model: PreTrainedModel,
     *,
     objective: Objective,
-    optimizer: Optimizer,
+    optimizer: Updater,
     learning_rate: Callable[[int], float],
     batches: Iterable[Sequence[Batch]],
     state: TrainingState,
@@ -177,7 +177,7 @@ def train(
 def _gradients(
     model: PreTrainedModel,
     objective: Objective,
-    optimizer: Optimizer,
+    optimizer: Updater,
     micro_batches: Sequence[Batch],
     precision: Precision,
     clip_grad_norm: float | None,

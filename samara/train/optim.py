@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,35 @@ from samara.train.config import Optimizer as OptimizerConfig
 from samara.train.objective import output_weight
 
 Group = dict[str, Any]
+
+
+class Updater(Protocol):
+    """What the loop and checkpoints need of an optimizer; :class:`Optimizer` is the usual one."""
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is updated, with the gradients that the norm is taken of."""
+        ...
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of the next step."""
+        ...
+
+    def step(self) -> None:
+        """Update the parameters from their gradients."""
+        ...
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state as named tensors."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Replace the state."""
+        ...
 
 
 class Optimizer:

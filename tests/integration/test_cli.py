@@ -27,6 +27,7 @@ VERBS = [
     "pretrain",
     "grow",
     "instruct",
+    "finetune",
     "evaluate",
     "report",
     "design",

@@ -23,10 +23,11 @@ LAYERS: list[set[str]] = [
     {"model", "data"},
     {"measure"},
     {"train"},
-    {"growth"},
+    {"growth", "sparse"},
+    {"adapt"},
     {"federated", "report"},
     {"recipe"},
-    {"lifecycle", "designs"},
+    {"lifecycle", "designs", "delta_commands"},
     {"cli"},
     {"__main__"},
 ]

@@ -77,24 +77,36 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: If a file is missing, damaged, or does not hold what the index says.
     """
+    tensors: dict[str, StoredTensor] = {}
+    for path, names in weight_files(folder).items():
+        found = _read_file(path)
+        for name in names:
+            if name not in found:
+                raise CheckpointError(f"{path}: does not hold {name}, which {INDEX} says it does")
+        tensors |= found
+    return tensors
+
+
+def weight_files(folder: Path) -> dict[Path, list[str]]:
+    """The safetensors files of a folder, each with the tensors that the index says it holds.
+
+    Raises:
+        CheckpointError: If there are none, or a shard is missing.
+    """
     if (folder / WEIGHTS).exists():
-        return _read_file(folder / WEIGHTS)
+        return {folder / WEIGHTS: []}
     if not (folder / INDEX).exists():
         raise CheckpointError(_why_no_weights(folder))
     where = _read_index(folder / INDEX)
-    tensors: dict[str, StoredTensor] = {}
+    files: dict[Path, list[str]] = {}
     for shard in sorted(set(where.values())):
         path = folder / shard
         if not path.exists():
             raise CheckpointError(
                 f"{path}: this shard is missing; fetch it again, {INDEX} lists it"
             )
-        found = _read_file(path)
-        for name in (name for name, file in where.items() if file == shard):
-            if name not in found:
-                raise CheckpointError(f"{path}: does not hold {name}, which {INDEX} says it does")
-        tensors |= found
-    return tensors
+        files[path] = [name for name, file in where.items() if file == shard]
+    return files
 
 
 def _why_no_weights(folder: Path) -> str:
