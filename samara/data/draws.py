@@ -31,6 +31,7 @@ class Purpose(IntEnum):
     CLIENT_PARTITION = 12
     CLIENT_SPLIT = 13
     ARM_CHOICE = 14
+    CLIENT_TRAINING = 15
 
 
 class Draws:

@@ -13,13 +13,16 @@ from pydantic import (
     model_validator,
 )
 
+from samara.adapt.config import FinetuneData, LabelsConfig
 from samara.config import Config
 from samara.errors import ConfigError
+from samara.measure.tasks_config import PerplexityConfig
+from samara.train.config import AdamW
+from samara.train.layer_rates import LayerDropoutConfig, Shape
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
-Shape = Literal["uniform", "incremental", "decay", "normal"]
 
 
 # --- the configurator -----------------------------------------------------------------------------
@@ -244,3 +247,128 @@ class GivenClock(Config):
 
 
 Clock = Annotated[CalibratedClock | GivenClock, Field(discriminator="kind")]
+
+
+# --- the whole ------------------------------------------------------------------------------------
+
+FederatedTask = Annotated[LabelsConfig | PerplexityConfig, Field(discriminator="kind")]
+
+Method = Literal[
+    "droppeft", "static_stld", "fedlora", "fedlora_checkpointing", "frozen_depth", "head_only"
+]
+
+
+class ClientsConfig(Config):
+    """Who takes part, with which data and on which devices."""
+
+    number: PositiveInt | None = None
+    """Clients there are. With partition `key` it may be left out: one per value."""
+    per_round: PositiveInt = 10
+    """Clients that are asked in a round, drawn from those available."""
+    partition: Partition = DirichletPartition()
+    validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """Of a client's rows: the gain of its training is measured on them."""
+    test_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """Of a client's rows: scored at the end."""
+    devices: tuple[DeviceShare, ...] = (
+        DeviceShare(profile="jetson-tx2"),
+        DeviceShare(profile="jetson-nano"),
+        DeviceShare(profile="raspberry-pi-4b"),
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.devices:
+            raise ConfigError("devices: is empty; name at least one")
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ConfigError(
+                f"validation_fraction: {self.validation_fraction:g} and test_fraction "
+                f"{self.test_fraction:g} leave nothing to train on; lower them"
+            )
+        return self
+
+
+class FederatedLora(Config):
+    """The adapters that are trained, by `peft`; nothing else leaves a client, and the head."""
+
+    rank: PositiveInt = 8
+    alpha: PositiveFloat | None = None
+    """Scale of the update, times 1 / rank. Left out: twice the rank."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    targets: tuple[str, ...] | None = None
+    """Names of the linear layers. Left out: all of the trunk."""
+
+
+class LocalTraining(Config):
+    """What a client does when it is asked. Its optimizer starts afresh each time."""
+
+    steps: PositiveInt = 10
+    """Optimizer steps."""
+    batch_size: PositiveInt = 8
+    optimizer: AdamW = AdamW(lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0)
+    clip_grad_norm: PositiveFloat | None = 1.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """`bfloat16`: autocast."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Of this machine, which plays all clients one after another."""
+
+
+class ServerConfig(Config):
+    """What the server does around the clients."""
+
+    rounds: PositiveInt
+    max_change: Annotated[float, Field(gt=1.0)] = 10.0
+    """A reply that moved more than so many times the median reply is refused."""
+    rollback_rise: NonNegativeFloat | None = 0.2
+    """A rise of the validation loss above the best, relative to it, after which the server goes
+    back to the best round's weights. Left out (null): only if the loss is not finite."""
+    deadline_seconds: PositiveFloat | None = None
+    """On the virtual clock. A later reply is not used."""
+    evaluation_batch_size: PositiveInt = 32
+
+
+class FederateConfig(Config):
+    """Verb `federate`: a model and the data of many clients in, one adapter out (and the clients'
+    own layers). Resumes by itself if its run folder exists.
+
+    One line switches the method; all of them run in the same harness.
+    """
+
+    seed: NonNegativeInt = 0
+    init_from: str
+    """The model to adapt: any Hugging Face model folder, a run folder, or `stage:NAME`."""
+    task: FederatedTask
+    """`labels`: classification; `perplexity`: language modelling. `data` holds the test rows."""
+    data: FinetuneData
+    """`train` is dealt out to the clients; the validation rows stay with the server."""
+    method: Method = "droppeft"
+    """`droppeft`: layer dropout by the configurator, and layers shared by `sharing`.
+    Baselines: `static_stld` (layer dropout by `layer_dropout`, everything shared), `fedlora` (no
+    dropout), `fedlora_checkpointing` (with activation checkpointing), `frozen_depth` (adapters in
+    the upper layers only, by `trained_layers`), `head_only` (no adapters)."""
+    lora: FederatedLora = FederatedLora()
+    layer_dropout: LayerDropoutConfig = LayerDropoutConfig(rate=0.5)
+    """Under `droppeft` the configurator sets its rate and shape."""
+    trained_layers: PositiveInt | None = None
+    """Of `frozen_depth`: upper layers that are trained. Left out: half of them."""
+    configurator: ConfiguratorConfig = ConfiguratorConfig()
+    sharing: SharingConfig = SharingConfig()
+    clients: ClientsConfig
+    local: LocalTraining = LocalTraining()
+    server: ServerConfig
+    clock: Clock = CalibratedClock()
+    engine: Literal["in_process"] = "in_process"
+    """`in_process`: this process plays server and clients."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.method == "head_only" and not isinstance(self.task, LabelsConfig):
+            raise ConfigError("method: head_only needs task.kind labels; there is no other head")
+        if not isinstance(self.task, LabelsConfig) and isinstance(
+            self.clients.partition, DirichletPartition
+        ):
+            raise ConfigError(
+                "clients.partition: dirichlet spreads labels, and the task has none; use iid, key "
+                "or quantity"
+            )
+        return self

@@ -42,7 +42,8 @@ from samara.federated.bandits import (
     kept,
     statistics,
 )
-from samara.federated.config import ConfiguratorConfig, Shape
+from samara.federated.config import ConfiguratorConfig
+from samara.train.layer_rates import Shape
 
 Verdict = Literal["ok", "error", "timeout", "out_of_memory", "not_finite", "refused"]
 Reason = Literal["first_try", "explore", "exploit", "after_failure", "all_quarantined"]

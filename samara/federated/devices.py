@@ -76,12 +76,15 @@ class ClientCost:
         compute_seconds, communicate_seconds: Their sum is the client's time.
         joules: Of both.
         slowness: The time over that of the same device undisturbed.
+        bytes_down, bytes_up: Of the messages; these are counted, not modelled.
     """
 
     compute_seconds: float
     communicate_seconds: float
     joules: float
     slowness: float
+    bytes_down: int
+    bytes_up: int
 
     @property
     def seconds(self) -> float:
@@ -118,6 +121,8 @@ def client_cost(
         communicate_seconds=communicate,
         joules=compute * device.compute_watts + communicate * device.communicate_watts,
         slowness=(compute + communicate) / usual if usual > 0 else 1.0,
+        bytes_down=bytes_down,
+        bytes_up=bytes_up,
     )
 
 
