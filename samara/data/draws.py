@@ -2,7 +2,7 @@
 
 An objective draws noise for every row of every pass over the data. The numbers are a pure function
 of (seed, purpose, pass, row), so a row is the same whichever worker makes it, in whichever batch,
-before or after an interruption.
+before or after an interruption. Layer dropout draws its gates by the same rule.
 
 Only raw Philox output (Salmon et al., SC 2011) is used: numpy promises that the bit stream stays
 the same for all releases, and nothing of the kind for its distributions.
@@ -26,6 +26,7 @@ class Purpose(IntEnum):
     MASKED_LM = 1
     UL2_ORDER = 2
     UL2_SPANS = 3
+    LAYER_GATES = 4
     CLIENT_SAMPLE = 10
     CLIENT_TRACE = 11
     CLIENT_PARTITION = 12
@@ -37,7 +38,9 @@ class Purpose(IntEnum):
 class Draws:
     """The random numbers of one row in one pass, in the order in which they are asked for."""
 
-    def __init__(self, *, seed: int, purpose: Purpose, draw: int = 0, row: int = 0) -> None:
+    def __init__(
+        self, *, seed: int, purpose: Purpose, draw: int = 0, row: int = 0, node: int = 0
+    ) -> None:
         """Start the stream.
 
         Args:
@@ -45,11 +48,12 @@ class Draws:
             purpose: What the numbers are for.
             draw: The pass over the data, counted from 0.
             row: The row.
+            node: Which of several machines, where each is to have numbers of its own.
         """
-        # The counter's low half is Philox's own: 2^128 blocks of numbers for each (draw, row).
+        # The counter's lowest word is Philox's own: 2^64 blocks of numbers for each of the others.
         self._bits = np.random.Philox(
             key=np.array([seed % 2**64, purpose], dtype=np.uint64),
-            counter=np.array([0, 0, draw, row], dtype=np.uint64),
+            counter=np.array([0, node, draw, row], dtype=np.uint64),
         )
 
     def uniform(self, count: int) -> npt.NDArray[np.float64]:

@@ -19,6 +19,7 @@ Everything is in bytes. Names: n tokens of a micro-batch, d hidden, f FFN width,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -70,6 +71,25 @@ class Memory:
     total: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class ActiveLayers:
+    """The layers that run in a pass where layers are dropped: always as many, not the same ones.
+
+    Attributes:
+        count: Their number.
+        always: Those among them in every pass, counted from 0.
+    """
+
+    count: int
+    always: frozenset[int] = frozenset()
+
+    def largest(self, sizes: Sequence[int]) -> frozenset[int]:
+        """The layers of the pass whose sizes add up to most."""
+        rest = [layer for layer in range(len(sizes)) if layer not in self.always]
+        rest.sort(key=lambda layer: -sizes[layer])
+        return self.always | frozenset(rest[: self.count - len(self.always)])
+
+
 def training_memory(
     design: ModelConfig,
     *,
@@ -80,6 +100,7 @@ def training_memory(
     activation_checkpointing: Checkpointing,
     accumulates: bool = False,
     device: DeviceKind = "cpu",
+    active_layers: ActiveLayers | None = None,
 ) -> Memory:
     """Estimate the memory of training a design.
 
@@ -92,6 +113,7 @@ def training_memory(
         activation_checkpointing: What layers keep for backward.
         accumulates: Whether a step has several micro-batches; gradients then wait in memory.
         device: Decides the kernels, and with them what they keep.
+        active_layers: Layers that run in a pass, the worst of which is estimated; None: all.
     """
     costs = budget(design)
     shape = _Shape(
@@ -102,6 +124,7 @@ def training_memory(
         on_cuda=device == "cuda",
         gate_silu=design.cola is None or design.cola.activation == "both",
     )
+    active = active_layers or ActiveLayers(count=len(costs.layers))
     weights = FLOAT32 * costs.parameters.total
     kernels = _kernels(costs, shape)
     step = _Step(
@@ -110,6 +133,7 @@ def training_memory(
         fixed=weights + _optimizer_state(costs, optimizer) + kernels,
         accumulates=accumulates,
         chunk_elements=CHUNK_ELEMENTS[device],
+        active=active,
     )
     return Memory(
         weights=weights,
@@ -258,6 +282,14 @@ class _Step:
     fixed: int
     accumulates: bool
     chunk_elements: int
+    active: ActiveLayers
+
+    @property
+    def ran(self) -> tuple[LayerBudget, ...]:
+        """The layers of the pass that leaves most for backward, from the bottom."""
+        layers = self.costs.layers
+        largest = self.active.largest([self.shape.kept(layer) for layer in layers])
+        return tuple(layers[number] for number in sorted(largest))
 
     @property
     def gradients(self) -> int:
@@ -288,7 +320,7 @@ class _Step:
 
     @property
     def activations(self) -> int:
-        layers = sum(self.shape.kept(layer) for layer in self.costs.layers)
+        layers = sum(self.shape.kept(layer) for layer in self.ran)
         return layers + self.ends + self.taken_ahead
 
     def cross_entropy(self) -> int:
@@ -309,13 +341,13 @@ class _Step:
                 chunk = max(chunk, added)
             chunk += shape.element * costs.vocab_size * costs.hidden_size
             if shape.mode != "none":  # autocast's cache lives until its context ends
-                chunk += sum(shape.weight_copies(layer) for layer in costs.layers)
+                chunk += sum(shape.weight_copies(layer) for layer in self.ran)
         chunk += self.stream  # the final norm's output
         return self.fixed + self.gradients + self.activations + chunk
 
     def backward(self) -> int:
         """The largest moment on the way back through the layers."""
-        costs, shape = self.costs, self.shape
+        shape = self.shape
         left = self.activations
         arrived = self.gradients
         # The gradients taken ahead and their scaled copies; then the taken ones go.
@@ -323,7 +355,7 @@ class _Step:
         left -= self.taken_ahead
         # Tied, the head's gradient waits for the embedding's; untied, it is there for good.
         waiting = self.vocabulary
-        for layer in reversed(costs.layers):
+        for layer in reversed(self.ran):
             now = left + arrived + waiting + shape.recomputed(layer) + shape.passing(layer)
             peak = max(peak, now)
             left -= shape.kept(layer)
@@ -334,4 +366,9 @@ class _Step:
 
     def update(self) -> int:
         """The optimizer's step: everything but activations."""
-        return self.fixed + FLOAT32 * self.costs.parameters.total
+        parameters = self.costs.parameters.total
+        if not self.accumulates:  # what did not run has no gradient
+            sizes = [layer.parameters for layer in self.costs.layers]
+            parameters -= sum(sizes)
+            parameters += sum(sizes[number] for number in self.active.largest(sizes))
+        return self.fixed + FLOAT32 * parameters

@@ -19,7 +19,7 @@ import logging
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class Window:
     nll_sum: float = 0.0
     num_targets: int = 0
     tokens: int = 0
+    useful_flops: float = 0.0
     seconds: float = 0.0
 
 
@@ -66,6 +67,7 @@ class TrainingState:
         step: Updates done.
         tokens: Sequence positions trained on.
         flops: Floating-point operations of the model's own work.
+        useful_flops: Those of them that MFU counts; 0 of what was trained before they were.
         seconds: Wall time of training, evaluation and saving left out, over all resumes.
         peak_memory_bytes: The highest so far; see :class:`samara.train.memory.PeakMemory`.
         train_loss: The loss of the last training record.
@@ -76,6 +78,7 @@ class TrainingState:
     step: int = 0
     tokens: int = 0
     flops: float = 0.0
+    useful_flops: float = 0.0
     seconds: float = 0.0
     peak_memory_bytes: int = 0
     train_loss: float | None = None
@@ -84,9 +87,8 @@ class TrainingState:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrainingState:
-        """Read what ``asdict`` wrote."""
-        known = {item.name: data[item.name] for item in fields(cls) if item.name != "window"}
-        return cls(**known, window=Window(**data["window"]))
+        """Read what ``asdict`` wrote; what was not counted then is 0."""
+        return cls(**{**data, "window": Window(**data["window"])})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from samara.data.config import ChatConfig, DataConfig
 from samara.data.objectives import CausalObjective, Objective
 from samara.errors import ConfigError
 from samara.model.config import ModelConfig
+from samara.train.layer_rates import LayerDropoutConfig, LayerRates
 
 UnitInterval = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -110,6 +111,8 @@ class TrainingConfig(Config):
     activation_checkpointing: Literal["none", "layer", "cola_m"] = "none"
     """`layer`: keep each layer's input, recompute the rest. `cola_m`: keep the low-rank
     pre-activations too and recompute no A·x (CoLA-M; needs a CoLA model)."""
+    layer_dropout: LayerDropoutConfig | None = None
+    """Leave out some layers in each pass of training. Left out: none."""
     evaluate_every_steps: PositiveInt | None = None
     """Validation loss every N steps. Left out: only at the end."""
     evaluate_max_tokens: PositiveInt | None = None
@@ -124,7 +127,26 @@ class TrainingConfig(Config):
             raise ConfigError(
                 f"batch_size {self.batch_size} is not divisible by micro_batch_size {micro}"
             )
+        dropout = self.layer_dropout
+        if dropout is not None and dropout.scale == "survival_at_eval":
+            raise ConfigError(
+                "layer_dropout.scale: survival_at_eval changes how a model is evaluated, which the "
+                "model that is written would not know; use inverse_keep"
+            )
         return self
+
+    def layer_rates(self, num_layers: int) -> LayerRates | None:
+        """How often layer dropout lets each layer of a model run; None: it is off.
+
+        Raises:
+            ConfigError: If its settings do not fit so many layers.
+        """
+        if self.layer_dropout is None:
+            return None
+        try:
+            return self.layer_dropout.rates(num_layers)
+        except ConfigError as error:
+            raise ConfigError(f"training.{error}") from error
 
     def num_steps(self, sequence_length: int) -> int:
         """Optimizer steps of the whole run."""
@@ -181,6 +203,7 @@ def check_fits(
         raise ConfigError(
             "training.activation_checkpointing: cola_m needs model.cola; use layer instead"
         )
+    training.layer_rates(model.num_hidden_layers)
     if data.sequence_length > model.max_position_embeddings:
         raise ConfigError(
             f"data.sequence_length {data.sequence_length} exceeds "

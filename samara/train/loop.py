@@ -18,7 +18,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,13 +54,17 @@ class Costs:
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """What one update saw: sums over its targets, and the norm of its gradient before clipping."""
+    """What one update saw: sums over its targets, the norm of its gradient before clipping, and the
+    FLOPs of its passes.
+    """
 
     loss_sum: float
     nll_sum: float
     grad_norm: float
     num_targets: int
     tokens: int
+    flops: float
+    useful_flops: float
 
     @property
     def loss(self) -> float:
@@ -79,6 +83,10 @@ class Update:
 
 Record = dict[str, Any]
 
+AroundPass = Callable[[int, int], AbstractContextManager[Costs]]
+"""Entered around forward and backward of a micro-batch, with the step counted from 0 and the
+micro-batch's number in it; gives what that pass costs."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hooks:
@@ -87,6 +95,7 @@ class Hooks:
     Each ``…_every`` counts steps; the last step is due for each of them too. None: only the last.
 
     Attributes:
+        around_pass: What holds during a pass, and its costs in place of the ones that hold always.
         on_step: Called after every update with the state, its learning rate and what it saw.
         log: Called with each record, training and validation.
         evaluate: Returns the validation loss.
@@ -95,6 +104,7 @@ class Hooks:
         peak_memory: Returns the peak in bytes.
     """
 
+    around_pass: AroundPass | None = None
     on_step: Callable[[TrainingState, float, Update], None] | None = None
     log: Callable[[Record], None] | None = None
     log_every: int | None = 1
@@ -146,8 +156,11 @@ def train(
     watch = _Watch(state)
     for micro_batches in batches:
         lr = learning_rate(state.step)
-        update = _gradients(model, objective, optimizer, micro_batches, precision, clip_grad_norm)
-        _count(state, update, costs)
+        around = _in_step(state.step, hooks, costs)
+        update = _gradients(
+            model, objective, optimizer, micro_batches, precision, clip_grad_norm, around
+        )
+        _count(state, update)
         if not update.is_finite:
             optimizer.zero_grad()
             watch.read()
@@ -181,17 +194,23 @@ def _gradients(
     micro_batches: Sequence[Batch],
     precision: Precision,
     clip_grad_norm: float | None,
+    around: Callable[[int], AbstractContextManager[Costs]],
 ) -> Update:
     """Leave the clipped gradient of the mean loss of the step, and read what it was made from."""
     device = model.device
     num_targets = count_targets(micro_batches)
     divisor = max(1, num_targets)  # a batch of padding alone: loss and gradients are 0
     sums: list[Tensor] = []
-    for batch in micro_batches:
+    tokens, flops, useful_flops = 0, 0.0, 0.0
+    for number, batch in enumerate(micro_batches):
         on_device = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
-        with autocast(device, precision):
-            result = objective(model, on_device)
-        torch.autograd.backward(result.loss / divisor)
+        with around(number) as costs:
+            with autocast(device, precision):
+                result = objective(model, on_device)
+            torch.autograd.backward(result.loss / divisor)
+        tokens += batch["input_ids"].numel()
+        flops += batch["input_ids"].numel() * costs.flops_per_token
+        useful_flops += batch["input_ids"].numel() * costs.useful_flops_per_token
         sums.append(torch.stack([result.loss.detach(), result.nll.detach()]))
     parameters = optimizer.parameters
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -204,17 +223,31 @@ def _gradients(
         nll_sum=nll_sum,
         grad_norm=grad_norm,
         num_targets=num_targets,
-        tokens=sum(batch["input_ids"].numel() for batch in micro_batches),
+        tokens=tokens,
+        flops=flops,
+        useful_flops=useful_flops,
     )
 
 
-def _count(state: TrainingState, update: Update, costs: Costs) -> None:
+def _in_step(
+    step: int, hooks: Hooks, costs: Costs
+) -> Callable[[int], AbstractContextManager[Costs]]:
+    """What is entered around each micro-batch of a step."""
+    around_pass = hooks.around_pass
+    if around_pass is None:
+        return lambda _: nullcontext(costs)
+    return lambda number: around_pass(step, number)
+
+
+def _count(state: TrainingState, update: Update) -> None:
     state.step += 1
     state.tokens += update.tokens
-    state.flops += update.tokens * costs.flops_per_token
+    state.flops += update.flops
+    state.useful_flops += update.useful_flops
     state.window.nll_sum += update.nll_sum
     state.window.num_targets += update.num_targets
     state.window.tokens += update.tokens
+    state.window.useful_flops += update.useful_flops
 
 
 def _is_due(every: int | None, step: int, *, last: bool) -> bool:
@@ -226,10 +259,11 @@ def _log(state: TrainingState, update: Update, lr: float, costs: Costs, hooks: H
     window = state.window
     state.window = Window()
     state.train_loss = window.nll_sum / max(1, window.num_targets)
-    speed = window.tokens / window.seconds if window.seconds > 0 else None
-    mfu = None
-    if costs.peak_flops is not None and speed is not None:
-        mfu = speed * costs.useful_flops_per_token / costs.peak_flops
+    speed, mfu = None, None
+    if window.seconds > 0:
+        speed = window.tokens / window.seconds
+        if costs.peak_flops is not None:
+            mfu = window.useful_flops / window.seconds / costs.peak_flops
     if hooks.peak_memory is not None:
         state.peak_memory_bytes = max(state.peak_memory_bytes, hooks.peak_memory())
     if hooks.log is not None:

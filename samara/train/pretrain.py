@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from samara.measure.budget import Budget, budget
 from samara.measure.config import DeviceProfile
 from samara.measure.devices import device_profile, estimated_cost, peak_flops
 from samara.measure.loss import evaluate_loss
-from samara.measure.memory import training_memory
+from samara.measure.memory import ActiveLayers, training_memory
 from samara.model.disk_errors import disk_errors
 from samara.model.loading import save_model
 from samara.model.modeling import set_activation_checkpointing
@@ -40,7 +41,9 @@ from samara.runs import Compute, Lineage, RunFolder, hash_weights, new_folder, w
 from samara.train.averaging import Averages, member_steps
 from samara.train.checkpoint import Checkpoints, TrainingState, sweep
 from samara.train.config import InstructConfig, PretrainConfig, TrainingConfig
-from samara.train.loop import Costs, Hooks, Record, Update, stopped, train
+from samara.train.layer_dropout import LayerCosts, dropping_layers
+from samara.train.layer_rates import LayerRates
+from samara.train.loop import AroundPass, Costs, Hooks, Record, Update, stopped, train
 from samara.train.memory import PeakMemory, check_memory
 from samara.train.objective import make_objective
 from samara.train.optim import Optimizer
@@ -143,7 +146,8 @@ def predict_memory(
     *,
     micro_batch_size: int,
 ) -> int:
-    """Peak bytes that training will take."""
+    """Peak bytes that training will take, in the worst pass if layers are dropped."""
+    rates = config.training.layer_rates(origin.design.num_hidden_layers)
     return training_memory(
         origin.design,
         micro_batch_size=micro_batch_size,
@@ -153,7 +157,15 @@ def predict_memory(
         activation_checkpointing=config.training.activation_checkpointing,
         accumulates=micro_batch_size < config.training.batch_size,
         device="cuda" if place.device.type == "cuda" else "cpu",
+        active_layers=None if rates is None else active_layers(rates),
     ).total
+
+
+def active_layers(rates: LayerRates) -> ActiveLayers | None:
+    """Which layers a pass holds at most; None: all, as independent gates promise nothing less."""
+    if rates.budget is None:
+        return None
+    return ActiveLayers(count=rates.budget, always=rates.always)
 
 
 class Job:
@@ -178,6 +190,7 @@ class Job:
         self.place, self.micro_batch_size = place, micro_batch_size
         self.num_steps = config.training.num_steps(config.data.sequence_length)
         self.budget: Budget = budget(origin.design)
+        self.layer_rates = config.training.layer_rates(origin.design.num_hidden_layers)
         self.profile: DeviceProfile = device_profile(
             config.logging.device_profile, device=place.device.type
         )
@@ -243,6 +256,12 @@ class Job:
         with (
             StopSignal() as stop,
             open_sinks(self.config.logging.sinks, run=self.run, start_step=start) as sinks,
+            dropping_layers(
+                self.model,
+                settings.layer_dropout,
+                seed=self.config.seed,
+                costs=self._layer_costs(),
+            ) as around_pass,
             ProgressLine(label, total=total, unit="tokens") as line,
         ):
             train(
@@ -256,7 +275,7 @@ class Job:
                 precision=settings.precision,
                 clip_grad_norm=settings.clip_grad_norm,
                 costs=self._costs(),
-                hooks=self._hooks(line, sinks),
+                hooks=self._hooks(line, sinks, around_pass),
                 stop=stop,
             )
         if stop.number is not None and end < self.num_steps:  # caught in the last of these steps
@@ -271,18 +290,36 @@ class Job:
         )
 
     def _costs(self) -> Costs:
+        """What a token costs; on average, if layers are dropped."""
+        every_layer = (1,) * len(self.budget.layers)
+        rates = self.layer_rates
+        return self._layer_costs()(every_layer if rates is None else rates.keep)
+
+    def _layer_costs(self) -> LayerCosts:
         length = self.config.data.sequence_length
         # Of a prefix LM the causal half too: what the prefix adds differs from row to row.
         masked = isinstance(self.corpus.objective, MaskedObjective)
-        useful = self.budget.flops_per_token(length, "full" if masked else "causal")
-        return Costs(
-            flops_per_token=self.budget.flops_per_token(length).training,
-            useful_flops_per_token=useful.training,
-            peak_flops=self.peak_flops,
+        head = self.budget.head_flops.training
+        return LayerCosts(
+            rest=Costs(
+                flops_per_token=head, useful_flops_per_token=head, peak_flops=self.peak_flops
+            ),
+            layers=tuple(
+                Costs(
+                    flops_per_token=layer.flops_per_token(length).training,
+                    useful_flops_per_token=layer.flops_per_token(
+                        length, "full" if masked else "causal"
+                    ).training,
+                )
+                for layer in self.budget.layers
+            ),
         )
 
-    def _hooks(self, line: ProgressLine, sinks: list[Sink]) -> Hooks:
+    def _hooks(
+        self, line: ProgressLine, sinks: list[Sink], around_pass: AroundPass | None
+    ) -> Hooks:
         return Hooks(
+            around_pass=around_pass,
             on_step=_progress(line, self.state),
             log=lambda record: self._log(record, sinks),
             log_every=self.config.logging.every_steps,
@@ -359,7 +396,7 @@ class Job:
             "seconds": state.seconds,
             "tokens_per_second": speed,
             "peak_memory_bytes": state.peak_memory_bytes,
-            "mfu": speed * costs.useful_flops_per_token / costs.peak_flops,
+            "mfu": state.useful_flops / state.seconds / costs.peak_flops,
             "train_loss": state.train_loss,
             "validation_loss": state.validation_loss if averaged is None else averaged,
             "validation_loss_last": state.validation_loss,
@@ -373,6 +410,7 @@ class Job:
             "corpus_hash": self.corpus.hash,
             "weights_hash": hash_weights(self.run.path / "model"),
             "design": self.origin.design.model_dump(mode="json"),
+            "layer_dropout": None if self.layer_rates is None else asdict(self.layer_rates),
         }
 
 
