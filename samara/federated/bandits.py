@@ -96,7 +96,7 @@ def choose_arm(
     offered: Sequence[int],
     *,
     pending: FloatArray,
-    round: int,
+    age: int,
     draws: FloatArray,
 ) -> int:
     """Choose one of the offered arms.
@@ -106,7 +106,7 @@ def choose_arm(
         known: What is known.
         offered: Arms that may be chosen, ascending, at least one.
         pending: Per arm the pulls already handed out in this round, whose reward is not known yet.
-        round: The present one.
+        age: Rounds since learning began.
         draws: Uniform numbers in (0, 1), one per arm and one more.
 
     Returns:
@@ -123,7 +123,7 @@ def choose_arm(
     assert best is not None
     match policy:
         case EpsilonGreedy():
-            epsilon = max(policy.floor, policy.epsilon * policy.decay**round)
+            epsilon = max(policy.floor, policy.epsilon * policy.decay**age)
             if draws[-1] < epsilon:
                 return _least_pulled(known, offered, pending)
             return best

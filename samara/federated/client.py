@@ -7,6 +7,7 @@ and round alone. The loop is that of all training (:mod:`samara.train.loop`).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -91,9 +92,7 @@ class Trainer:
             for name, value in to_torch(tensors).items():
                 self._trained[name].copy_(value)
 
-    def local_values(
-        self, tensors: Mapping[str, Tensor], state: ClientState
-    ) -> dict[str, Tensor]:
+    def local_values(self, tensors: Mapping[str, Tensor], state: ClientState) -> dict[str, Tensor]:
         """The values that a client works with: the global ones, and its own where it keeps any."""
         return {**tensors, **state.personal}
 
@@ -130,6 +129,9 @@ class Trainer:
         if not is_sound(trained):
             return self._failed(instruction, "not_finite", "a weight is not finite", active), state
         after = self.score(rows.validation)
+        if not math.isfinite(after.loss - before.loss):
+            message = f"validation loss {before.loss:g} before and {after.loss:g} after"
+            return self._failed(instruction, "not_finite", message, active), state
         sharing = self._share(instruction, state.sharing, meter)
         kept = {n: v for n, v in trained.items() if self._is_kept(self.layout.groups[n], sharing)}
         reply = Reply(
@@ -200,18 +202,16 @@ class Trainer:
     def _gates(
         self, instruction: Instruction, stack: ExitStack
     ) -> Callable[[int], AbstractContextManager[tuple[bool, ...]]]:
-        """What holds the gates of a step; without dropout all layers run and nothing is attached."""
+        """What holds the gates of a step; at rate 0 nothing is attached and all layers run."""
         if instruction.rate == 0:
             return lambda _: _nothing_dropped(self.num_layers)
         settings = self.config.layer_dropout.model_copy(
             update={"rate": instruction.rate, "shape": instruction.shape}
         )
         dropout = stack.enter_context(
-            LayerDropout(
-                self.model, settings, seed=self.config.seed, node=instruction.client
-            )
+            LayerDropout(self.model, settings, seed=self.config.seed, node=instruction.client)
         )
-        return lambda step: dropout.batch(batch=step, round=instruction.round)
+        return lambda step: dropout.hold(batch=step, round=instruction.round)
 
     def _groups(self) -> list[dict[str, nn.Parameter]]:
         """Per layer its trained parameters."""

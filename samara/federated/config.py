@@ -33,7 +33,7 @@ class EpsilonGreedy(Config):
 
     kind: Literal["epsilon_greedy"] = "epsilon_greedy"
     epsilon: Fraction = 0.3
-    """Probability of exploring in round 0."""
+    """Probability of exploring at first, and when a class of devices has changed."""
     decay: Share = 0.97
     """Its factor per round."""
     floor: Fraction = 0.05
@@ -364,6 +364,11 @@ class FederateConfig(Config):
     def _check(self) -> Self:
         if self.method == "head_only" and not isinstance(self.task, LabelsConfig):
             raise ConfigError("method: head_only needs task.kind labels; there is no other head")
+        if self.layer_dropout.scale == "survival_at_eval":
+            raise ConfigError(
+                "layer_dropout.scale: survival_at_eval changes evaluation, which here runs the "
+                "model as it is; use none or inverse_keep"
+            )
         if not isinstance(self.task, LabelsConfig) and isinstance(
             self.clients.partition, DirichletPartition
         ):

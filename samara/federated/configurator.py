@@ -51,6 +51,8 @@ Reason = Literal["first_try", "explore", "exploit", "after_failure", "all_quaran
 CLIENTS_OF_A_TREND = 3
 TREND_MEMORY = 0.5
 """Weight of the newest round in the running trend."""
+SMALLEST_TREND = 1e-300
+"""Below it nobody gained: dividing by it would overflow."""
 CHANGED_SHARE = 0.5
 """Of a class's devices; so many changes make the class try all arms again."""
 
@@ -111,7 +113,8 @@ class Outcome:
         gain: Fall of the validation loss by the local training; 0 on failure.
         cost: Seconds or joules of the round on the client, positive; unused on failure.
         accuracy_change: Of the client's validation rows.
-        slowness: Seconds over those that the cost model expected of an undisturbed device.
+        slowness: Seconds of compute over those that the cost model expected of an undisturbed
+            device with that arm. Transfers left out, it does not depend on the arm.
     """
 
     client: int
@@ -138,6 +141,8 @@ class _ClassState:
     devices: list[int] = field(default_factory=list)
     changed: list[int] = field(default_factory=list)
     """Devices that changed since all arms were tried last."""
+    since: int = 0
+    """The round from which on it learns: exploration that dies down starts there again."""
 
 
 @dataclass(kw_only=True)
@@ -160,7 +165,7 @@ class Configurator:
 
     Attributes:
         arms: Of which it chooses; a decision is a position here.
-        warnings: One line for each round in which a class had no arm left; for the log.
+        warnings: Of the newest choice, one line for each client whose class had no arm left.
     """
 
     def __init__(self, config: ConfiguratorConfig, *, seed: int) -> None:
@@ -177,6 +182,7 @@ class Configurator:
 
         It depends on the state, the seed, the round and the set of clients alone.
         """
+        self.warnings = []
         decisions: list[Decision] = []
         by_class: dict[str, list[Candidate]] = {}
         for candidate in sorted(candidates, key=lambda item: item.client):
@@ -239,7 +245,7 @@ class Configurator:
             known,
             offered,
             pending=pending,
-            round=round,
+            age=round - state.since,
             draws=np.clip(draws.uniform(len(self.arms) + 1), 2.0**-53, 1 - 2.0**-53),
         )
         if known.count[arm] == 0:
@@ -282,7 +288,7 @@ class Configurator:
                 self._watch_speed(state, outcome)
             changed = len(set(state.changed))
             if changed and changed >= CHANGED_SHARE * len(state.devices):
-                state.observations, state.changed = [], []
+                state.observations, state.changed, state.since = [], [], round + 1
 
     def _reward(self, round: int, state: _ClassState, outcomes: Sequence[Outcome]) -> None:
         """Turn gain per cost into rewards relative to the trend of the round."""
@@ -290,8 +296,8 @@ class Configurator:
         came_back = [item for item in outcomes if item.verdict == "ok"]
         raw = np.array([max(0.0, item.gain) / item.cost for item in came_back], dtype=np.float64)
         expected = np.array([relative[item.arm] for item in came_back], dtype=np.float64)
-        if len(came_back) and raw.sum() > 0:
-            found = float(raw.sum() / expected.sum())
+        found = float(raw.sum() / expected.sum()) if came_back else 0.0
+        if found > SMALLEST_TREND:
             running = TREND_MEMORY * found + (1 - TREND_MEMORY) * (state.trend or found)
             trend = found if len(came_back) >= CLIENTS_OF_A_TREND else running
             state.trend = running

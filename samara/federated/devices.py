@@ -75,7 +75,7 @@ class ClientCost:
     Attributes:
         compute_seconds, communicate_seconds: Their sum is the client's time.
         joules: Of both.
-        slowness: The time over that of the same device undisturbed.
+        slowness: The compute time over that of the same device undisturbed.
         bytes_down, bytes_up: Of the messages; these are counted, not modelled.
     """
 
@@ -115,12 +115,11 @@ def client_cost(
     communicate = (
         bytes_down / device.download_bytes_per_second + bytes_up / device.upload_bytes_per_second
     )
-    usual = undisturbed + communicate
     return ClientCost(
         compute_seconds=compute,
         communicate_seconds=communicate,
         joules=compute * device.compute_watts + communicate * device.communicate_watts,
-        slowness=(compute + communicate) / usual if usual > 0 else 1.0,
+        slowness=compute / undisturbed if undisturbed > 0 else 1.0,
         bytes_down=bytes_down,
         bytes_up=bytes_up,
     )

@@ -73,7 +73,7 @@ class Reply:
     loss_after: float = 0.0
     accuracy_before: float | None = None
     accuracy_after: float | None = None
-    sharing: SharingState = SharingState()
+    sharing: SharingState = field(default_factory=SharingState)
     personal_hash: str | None = None
     tokens: int = 0
     flops: float = 0.0
@@ -106,7 +106,7 @@ class ClientState:
         personal: The values of the personal layers, and of the head if it is personal.
     """
 
-    sharing: SharingState = SharingState()
+    sharing: SharingState = field(default_factory=SharingState)
     personal: Mapping[str, Tensor] = field(default_factory=dict)
 
 

@@ -1,5 +1,6 @@
-"""The server's side of a round, as functions of plain values: whom to ask for what, and what to make
-of the replies. No torch, no files, no clock: whoever drives it carries the messages.
+"""The server's side of a round: whom to ask for what, and what to make of the replies.
+
+Functions of plain values. No torch, no files, no clock: whoever drives it carries the messages.
 
 A round: *plan* draws clients from those available and chooses an arm for each; the driver has them
 trained; *finish* counts what it cost on the virtual clock, refuses what is late or unsound,
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from samara.data.draws import Draws, Purpose
@@ -43,10 +44,10 @@ class ServerState:
     """What the server knows between rounds.
 
     Attributes:
-        round: The next one, counted from 0.
+        round: The next one, counted from 0; so many are done.
         tensors: The global values of everything that is trained.
         best_tensors: Those of the best validation loss so far.
-        best_loss, best_round: When that was; None: not measured yet.
+        best_loss, best_round: After how many rounds that was; None: not measured yet.
         typical_change: See :func:`samara.federated.aggregation.aggregate`.
         audit: Who holds which layers.
         totals: Sums over all rounds, of what was modelled and what was measured.
@@ -131,6 +132,18 @@ class Server:
             best_tensors=dict(tensors),
             audit=SharingAudit(num_layers=layout.num_layers),
         )
+
+    def start(self, evaluate: Callable[[Mapping[str, Tensor]], Scores]) -> dict[str, Any]:
+        """Score the values to begin with, the best so far; returns the record for the log."""
+        scores = evaluate(self.state.tensors)
+        if math.isfinite(scores.loss):
+            self.state.best_loss, self.state.best_round = scores.loss, 0
+        return {
+            "step": 0,
+            **self.state.totals,
+            "validation_loss": scores.loss,
+            "validation_accuracy": scores.accuracy,
+        }
 
     # --- before the clients -----------------------------------------------------------------------
 
@@ -228,13 +241,10 @@ class Server:
         asked = {own.client: own for own in plan.instructions}
         costs = {c: self._cost(asked[c], by_client[c]) for c in sorted(by_client)}
         verdicts, reasons = self._verdicts(plan, by_client, costs)
+        used = [by_client[client] for client in sorted(by_client) if verdicts[client] == "ok"]
         result = aggregate(
             state.tensors,
-            [
-                Contribution(client=c, weight=by_client[c].num_examples, tensors=by_client[c].tensors)
-                for c in sorted(by_client)
-                if verdicts[c] == "ok"
-            ],
+            [Contribution(client=r.client, weight=r.num_examples, tensors=r.tensors) for r in used],
             self.layout,
             max_change=config.server.max_change,
             typical_change=state.typical_change,
@@ -249,8 +259,8 @@ class Server:
         seconds = self._count(by_client, costs)
         scores, rolled_back = self._evaluate(evaluate)
         record = {
-            "step": state.round,
-            **{name: value for name, value in state.totals.items()},
+            "step": state.round + 1,
+            **state.totals,
             "round_modelled_seconds": seconds,
             "validation_loss": scores.loss,
             "validation_accuracy": scores.accuracy,
@@ -262,6 +272,7 @@ class Server:
                 for own in plan.instructions
             ],
             "sat_out": list(plan.sat_out),
+            "warnings": list(self.configurator.warnings) if self.configurator else [],
         }
         state.round += 1
         return record
@@ -316,26 +327,23 @@ class Server:
         per_joule = self.config.configurator.per == "joule"
         outcomes = []
         for client, arm in sorted(plan.arms.items()):
-            where = {
-                "client": client,
-                "device_class": self.devices[client].name,
-                "arm": arm,
-                "peaks": self.peaks,
-            }
-            if verdicts[client] != "ok":
-                outcomes.append(Outcome(**where, verdict=verdicts[client]))
-                continue
-            reply, cost = replies[client], costs[client]
-            outcomes.append(
-                Outcome(
-                    **where,
-                    verdict="ok",
+            outcome = Outcome(
+                client=client,
+                device_class=self.devices[client].name,
+                arm=arm,
+                peaks=self.peaks,
+                verdict=verdicts[client],
+            )
+            if verdicts[client] == "ok":
+                reply, cost = replies[client], costs[client]
+                outcome = replace(
+                    outcome,
                     gain=reply.gain,
                     cost=max(cost.joules if per_joule else cost.seconds, 1e-12),
                     accuracy_change=reply.accuracy_change,
                     slowness=cost.slowness,
                 )
-            )
+            outcomes.append(outcome)
         self.configurator.observe(self.state.round, outcomes)
 
     def _count(self, replies: Mapping[int, Reply], costs: Mapping[int, ClientCost]) -> float:
@@ -344,7 +352,7 @@ class Server:
         longest = 0.0
         for client in sorted(replies):
             reply, cost = replies[client], costs[client]
-            longest = max(longest, cost.seconds if deadline is None else min(cost.seconds, deadline))
+            longest = max(longest, min(cost.seconds, deadline or math.inf))
             totals["modelled_client_seconds"] += cost.seconds
             totals["modelled_joules"] += cost.joules
             totals["bytes_down"] += cost.bytes_down
@@ -355,15 +363,13 @@ class Server:
         totals["modelled_seconds"] += longest
         return longest
 
-    def _evaluate(
-        self, evaluate: Callable[[Mapping[str, Tensor]], Scores]
-    ) -> tuple[Scores, bool]:
+    def _evaluate(self, evaluate: Callable[[Mapping[str, Tensor]], Scores]) -> tuple[Scores, bool]:
         """Score the new weights; keep them as the best, or go back to the best."""
         state, rise = self.state, self.config.server.rollback_rise
         scores = evaluate(state.tensors)
         best = state.best_loss
         if math.isfinite(scores.loss) and (best is None or scores.loss < best):
-            state.best_loss, state.best_round = scores.loss, state.round
+            state.best_loss, state.best_round = scores.loss, state.round + 1
             state.best_tensors = dict(state.tensors)
             return scores, False
         too_high = rise is not None and best is not None and scores.loss > best * (1 + rise)

@@ -66,6 +66,13 @@ class Store:
         self._identity = dict(identity)
         self._newest: dict[int, int] = {}
 
+    @classmethod
+    def of_run(cls, folder: Path) -> Store:
+        """The store of a run that exists, whatever it is made from."""
+        paths = _rounds(folder / "checkpoints")
+        identity = read_json(paths[-1] / STATE)["identity"] if paths else {}
+        return cls(folder, identity=identity)
+
     # --- the server -------------------------------------------------------------------------------
 
     def save(
@@ -170,9 +177,7 @@ class Store:
         source = self._folder(client) / f"round-{self._newest[client]:08d}"
         data = verify(source)
         tensors = load_file(source / PERSONAL)
-        write_tensors(
-            target, {PERSONAL: tensors}, state=data["state"], identity={"client": client}
-        )
+        write_tensors(target, {PERSONAL: tensors}, state=data["state"], identity={"client": client})
 
     def import_client(self, client: int, source: Path, *, round: int) -> None:
         """Give a client what :meth:`export_client` wrote.

@@ -53,7 +53,6 @@ class Device:
         rate = arms[arm].rate
         gain = (1 - 0.9 * rate**2) * shrink * max(0.1, 1 + 0.3 * self.noise.standard_normal())
         seconds = self.fixed[name] * CLASSES[name] + self.slow_down[name] * (1 - rate)
-        expected = self.fixed[name] * CLASSES[name] + CLASSES[name] * (1 - rate)
         return Outcome(
             client=client,
             device_class=name,
@@ -62,7 +61,7 @@ class Device:
             verdict="ok",
             gain=gain,
             cost=seconds,
-            slowness=seconds / expected,
+            slowness=self.slow_down[name] / CLASSES[name],
         )
 
 
