@@ -10,11 +10,12 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=1
 # Idle threads sleep instead of spinning, so that other work on the machine does not stall training.
 RUN_ENV := OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 
-.PHONY: demo test test-export lint types format venv venv-dev clean help
+.PHONY: demo test test-export test-postgres lint types format venv venv-dev clean help
 
 help:
 	@echo "make demo    set up, then pretrain, evaluate and report three small models"
 	@echo "make test    set up, then run the test suite     make test-export  the peers' runtimes"
+	@echo "make test-postgres  the registry on a PostgreSQL of its own, where one is installed"
 	@echo "make lint    ruff        make types   mypy        make format  ruff format"
 	@echo "make venv    set up only              make clean   remove .venv and caches"
 
@@ -32,6 +33,10 @@ LLAMA_CPP := -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_
 test-export: venv-dev
 	CMAKE_ARGS="$(LLAMA_CPP)" $(PIP_INSTALL) -e '.[export]'
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/export $(ARGS)
+
+test-postgres: venv-dev
+	$(PIP_INSTALL) -e '.[registry,postgres]'
+	$(TEST_ENV) $(BIN)/python tests/postgres.py $(BIN)/python -m pytest tests/unit/registry $(ARGS)
 
 lint: venv-dev
 	$(BIN)/ruff check .
@@ -56,7 +61,7 @@ venv-dev: .venv/installed-dev
 	@touch $@
 
 .venv/installed-dev: .venv/installed
-	$(PIP_INSTALL) -e '.[data,tracking,evaluate,dev]'
+	$(PIP_INSTALL) -e '.[data,tracking,evaluate,adapt,registry,dev]'
 	@touch $@
 
 clean:

@@ -20,13 +20,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,7 +38,7 @@ from samara.growth.config import GrowConfig
 from samara.growth.operator_config import OperatorConfig
 from samara.measure.budget import budget
 from samara.model.config import ModelConfig
-from samara.runs import read_json
+from samara.runs import read_json, write_json
 
 UNITS = 64
 """Groups of validation rows that losses are kept by."""
@@ -198,7 +197,11 @@ def scratch_steps(scale: Scale, vocab_size: int) -> float:
 def carry_out(scale: Scale, task: Task, corpus: Path, out: Path) -> dict[str, Any]:
     """Do one run; its figures."""
     start = time.perf_counter()
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
         found = _grown(scale, task, corpus, out) if task.kind == "grown" else None
         found = found or _pretrained(scale, task, corpus, out)
     return {"name": task.name, **asdict(task), **found, "wall": time.perf_counter() - start}
@@ -269,31 +272,38 @@ def _grown(scale: Scale, task: Task, corpus: Path, out: Path) -> dict[str, Any]:
                 job.train(until=step)
             one = job.measure(start=TrainingState(), with_indicators=False)
             path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(_in_units(one.losses)))
-        measured[str(step)] = json.loads(path.read_text())
+            write_json(path, _in_units(one.losses))
+        measured[str(step)] = read_json(path)
     return {
         "exactness": EXACTNESS[one.exactness],
-        "loss": _mean(measured[str(scale.steps)]),
-        "rungs": measured,
+        "loss": mean_loss(measured[str(scale.steps)]),
+        "num_targets": measured["0"]["num_targets"],
+        "rungs": {step: units["nll_sum"] for step, units in measured.items()},
         "flops_per_step": one.flops_per_step,
         "flops": source.inherited.flops + one.training_flops,
         "seconds": one.seconds,
     }
 
 
-def _in_units(losses: Any) -> dict[str, list[float]]:
-    """Losses by group of rows: enough to pair candidates by, and small enough to keep."""
+def _in_units(losses: Any) -> dict[str, str]:
+    """Losses by group of rows: enough to pair candidates by, and short enough to keep."""
     import numpy as np
 
     units = min(UNITS, len(losses.nll_sum))
     return {
-        name: [float(f"{part.sum():.8g}") for part in np.array_split(getattr(losses, name), units)]
+        name: " ".join(f"{g.sum():.8g}" for g in np.array_split(getattr(losses, name), units))
         for name in ("nll_sum", "num_targets")
     }
 
 
-def _mean(units: dict[str, list[float]]) -> float:
-    return math.fsum(units["nll_sum"]) / math.fsum(units["num_targets"])
+def numbers(text: str) -> list[float]:
+    """What :func:`_in_units` wrote."""
+    return [float(word) for word in text.split()]
+
+
+def mean_loss(units: Mapping[str, str]) -> float:
+    """Nats per target."""
+    return math.fsum(numbers(units["nll_sum"])) / math.fsum(numbers(units["num_targets"]))
 
 
 # --- the queue ------------------------------------------------------------------------------------
@@ -311,7 +321,7 @@ def first_tasks(scale: Scale) -> list[Task]:
     return [*sorted(sources, key=lambda task: task.seed), *sweep]
 
 
-def tasks_behind(scale: Scale, done: Task) -> list[Task]:
+def tasks_behind(done: Task) -> list[Task]:
     """What a finished source lets begin."""
     if done.kind != "source":
         return []
@@ -337,6 +347,14 @@ def tasks_at_best_rate(scale: Scale, rows: Sequence[dict[str, Any]]) -> list[Tas
     ]
 
 
+def whole_queue(scale: Scale, rows: Sequence[dict[str, Any]]) -> list[Task]:
+    """Every run there is; those at the best rate only once the sweep is among ``rows``."""
+    first = first_tasks(scale)
+    grown = [task for source in first for task in tasks_behind(source)]
+    # The best rate at equal FLOPs is one of the sweep.
+    return list(dict.fromkeys([*first, *grown, *tasks_at_best_rate(scale, rows)]))
+
+
 def middle(scale: Scale) -> float:
     """The learning rate of sources and grown models."""
     return scale.lrs[len(scale.lrs) // 2]
@@ -349,6 +367,7 @@ def work_off(scale: Scale, options: argparse.Namespace, record: Record) -> bool:
     known = {row["name"] for row in record.rows}
     seen: set[str] = set()
     running: dict[Future[dict[str, Any]], Task] = {}
+    failed = False
     with _pool(options) as pool:
 
         def submit(tasks: Sequence[Task]) -> None:
@@ -358,7 +377,7 @@ def work_off(scale: Scale, options: argparse.Namespace, record: Record) -> bool:
                     if task.name not in known or not (out / task.name).exists():
                         running[pool.submit(carry_out, scale, task, corpus, out)] = task
                     else:
-                        submit(tasks_behind(scale, task))
+                        submit(tasks_behind(task))
 
         submit(first_tasks(scale))
         submit(tasks_at_best_rate(scale, record.rows))
@@ -369,13 +388,20 @@ def work_off(scale: Scale, options: argparse.Namespace, record: Record) -> bool:
                 _stop(pool)
                 return False
             for future in done:
-                task, row = running.pop(future), future.result()
+                task, error = running.pop(future), future.exception()
+                if error is not None:
+                    failed = True
+                    print(f"{task.name:50} failed: {error}", flush=True)
+                    continue
+                row = future.result()
                 if task.name not in known:
                     record.add(row)
-                    print(f"{task.name:50} loss {row['loss']:.4f}  {row['wall']:5.0f} s", flush=True)
-                submit(tasks_behind(scale, task))
+                    print(
+                        f"{task.name:50} loss {row['loss']:.4f}  {row['wall']:5.0f} s", flush=True
+                    )
+                submit(tasks_behind(task))
                 submit(tasks_at_best_rate(scale, record.rows))
-    return True
+    return not failed
 
 
 @contextlib.contextmanager
@@ -426,7 +452,7 @@ def main(arguments: Sequence[str]) -> None:
         script=__file__,
         arguments=arguments,
         device="cuda" if options.gpus else "cpu",
-        settings={**vars(options), "sizes": asdict(SCALES[options.scale])},
+        settings={"scale": options.scale, "sizes": asdict(SCALES[options.scale])},
     )
     if options.json is not None and options.json.exists():
         record.rows.extend(read_json(options.json)["rows"])

@@ -55,7 +55,7 @@ class Record:
         if path is not None:
             self._head = {
                 "command": " ".join(
-                    ["python", f"benchmarks/{Path(script).name}", *_plain(arguments)]
+                    ["python", f"benchmarks/{Path(script).name}", *without_json_option(arguments)]
                 ),
                 "environment": machine(device),
                 "settings": {key: value for key, value in settings.items() if key != "json"},
@@ -87,7 +87,7 @@ def machine(device: str) -> dict[str, Any]:
     return {**found, "device": name, "threads": torch.get_num_threads()}
 
 
-def _plain(arguments: Sequence[str]) -> list[str]:
+def without_json_option(arguments: Sequence[str]) -> list[str]:
     """The command line without ``--json FILE`` (or ``--json=FILE``)."""
     kept: list[str] = []
     skip = False

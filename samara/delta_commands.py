@@ -35,13 +35,18 @@ RecordOption = Annotated[
 
 @app.command()
 def show(
-    delta: DeltaArgument,
+    delta: Annotated[
+        Path, typer.Argument(help="A delta file, or a model folder that may carry some.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole record.")] = False,
 ) -> None:
     """Say what a delta file is: base, size, origin, scores, audit, licence.
 
-    Example: samara delta show summaries.sdelta
+    Of a model folder: which deltas it carries. Example: samara delta show summaries.sdelta
     """
+    if delta.is_dir():
+        _show_folder(delta, as_json=as_json)
+        return
     from samara.sparse.delta_file import read_delta
     from samara.sparse.delta_text import describe
 
@@ -50,6 +55,25 @@ def show(
         typer.echo(json.dumps(data.record.model_dump(mode="json"), indent=2, ensure_ascii=False))
     else:
         typer.echo(describe(data, num_bytes=delta.stat().st_size))
+
+
+def _show_folder(folder: Path, *, as_json: bool) -> None:
+    from samara.sparse.delta_checkpoint import checkpoint_state
+
+    state = checkpoint_state(folder)
+    if as_json:
+        typer.echo(json.dumps({"stack": list(state.stack), "pending": state.pending}))
+        return
+    if state.pending:
+        action, delta_id = state.pending
+        typer.echo(
+            f"{folder}: a process was killed amid `{action}` of {delta_id[:12]}; the next command "
+            "that changes the folder puts it right"
+        )
+    for number, delta_id in enumerate(state.stack, start=1):
+        typer.echo(f"{number:>3}  {delta_id}")
+    if not state.stack:
+        typer.echo(f"{folder}: carries no delta")
 
 
 @app.command()

@@ -68,6 +68,7 @@ def _design_input(name: str, config: PretrainConfig, recipe: Recipe) -> DesignIn
     assert config.model is not None
     training, length = config.training, config.data.sequence_length
     vocab_size = config.model.vocab_size or _planned_vocab_size(config, recipe)
+    rates = training.layer_rates(config.model.num_hidden_layers)
     return DesignInput(
         name=name,
         model=config.model.expand(vocab_size=vocab_size),
@@ -79,6 +80,8 @@ def _design_input(name: str, config: PretrainConfig, recipe: Recipe) -> DesignIn
         optimizer=config.optimizer.kind,
         activation_checkpointing=training.activation_checkpointing,
         device_profile=config.logging.device_profile,
+        active_layers=None if rates is None else rates.active_layers,
+        layer_keep=None if rates is None else rates.keep,
     )
 
 
@@ -127,6 +130,11 @@ def fit_recipe(
     if write is not None and write.exists():
         raise ConfigError(f"--write {write}: exists; name a new file")
     inputs = design_inputs(paths, overrides)
+    if any(item.layer_keep is not None for item in inputs):
+        raise ConfigError(
+            "--fit: chooses the number of layers, and training.layer_dropout has rates for those "
+            "of one design; take it out with training.layer_dropout=null"
+        )
     if len(inputs) != 1:
         names = ", ".join(item.name for item in inputs)
         raise ConfigError(f"--fit: starts from one design, {path} has {len(inputs)} ({names})")

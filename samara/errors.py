@@ -35,10 +35,6 @@ class NonFiniteLossError(SamaraError):
     """Training met a loss or gradient that is not a finite number, and stopped before using it."""
 
 
-class RaceError(SamaraError):
-    """No candidate of a growth is left to go on with."""
-
-
 class DeltaError(SamaraError):
     """A delta file, or what it is to be applied to, is not what it must be."""
 
@@ -81,6 +77,10 @@ class RegistryError(SamaraError):
 
 class GateError(RegistryError):
     """A version does not pass the gates of the alias it was to be given."""
+
+
+class RaceError(SamaraError):
+    """No candidate of a growth is left to go on with."""
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

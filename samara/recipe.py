@@ -10,8 +10,9 @@ A recipe names one verb, or chains several as ``stages``:
                                       data: {prepare: …}
                                       dense: {pretrain: {data: {corpus: stage:data}, …}}
 
-A value ``stage:NAME`` means the folder of an earlier stage. ``defaults`` holds, per verb, what its
-stages share; a stage's own keys win. There is no inheritance between files.
+A value ``stage:NAME`` means the folder of an earlier stage, ``stage:NAME/FILE`` something in it.
+``defaults`` holds, per verb, what its stages share; a stage's own keys win. There is no inheritance
+between files.
 
 Nothing here imports torch; a verb's module is imported when it runs.
 """
@@ -263,7 +264,7 @@ def _references(value: Any, path: str, earlier: Mapping[str, Stage]) -> tuple[st
         ConfigError: If one is not an earlier stage.
     """
     if isinstance(value, str) and value.startswith(REFERENCE):
-        name = value.removeprefix(REFERENCE)
+        name = value.removeprefix(REFERENCE).partition("/")[0]
         if name not in earlier:
             raise ConfigError(
                 f"{path}: no earlier stage is called '{name}'{did_you_mean(name, earlier)}"
@@ -280,7 +281,8 @@ def _references(value: Any, path: str, earlier: Mapping[str, Stage]) -> tuple[st
 
 def _bind(value: Any, folders: Mapping[str, Path]) -> Any:
     if isinstance(value, str) and value.startswith(REFERENCE):
-        return str(folders[value.removeprefix(REFERENCE)])
+        name, _, inside = value.removeprefix(REFERENCE).partition("/")
+        return str(folders[name] / inside)
     if isinstance(value, Mapping):
         return {key: _bind(item, folders) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -51,6 +51,7 @@ from samara.runs import (
 )
 from samara.sparse.auto import TrialRun
 from samara.sparse.calibration import Calibration
+from samara.sparse.delta_records import Cost
 from samara.train.checkpoint import Checkpoints, TrainingState, sweep
 from samara.train.loop import Costs, Hooks, Record, Update, train
 from samara.train.memory import PeakMemory
@@ -96,8 +97,8 @@ class Job:
     def __init__(self, config: FinetuneConfig, run: RunFolder, place: Place) -> None:
         self.config, self.run, self.place = config, run, place
         rows = read_task_rows(config.data)
-        loaded = self._load(rows)
         self.memory = PeakMemory(place.device)
+        loaded = self._load(rows)
         self.task = Task(config, rows, loaded.model, loaded.tokenizer)
         self.folder, self.parents = loaded.folder, self._parents(rows, loaded)
         write_json(run.path / "data.json", self._data_record(rows))
@@ -110,6 +111,8 @@ class Job:
         self.base_items = self._scored(loaded.model) if config.score_base else None
         self.adaptation = self._adapt(loaded)
         self.model = self.adaptation.model
+        self.preparation_peak = self.memory.peak()
+        self.memory.restart()  # what choosing took is no part of what training takes
         self.state = TrainingState()
         self.checkpoints = Checkpoints(
             run.path / "checkpoints",
@@ -340,6 +343,11 @@ class Job:
             scores=found,
             base_scores=base,
             num_items=len(items),
+            cost=Cost(
+                selection_hours=self.adaptation.preparation_seconds / 3600,
+                training_hours=self.state.seconds / 3600,
+                evaluation_hours=seconds / 3600,
+            ),
         )
         written = self.adaptation.export(self.run, records)
         cost = estimated_cost(self.profile, seconds=self.state.seconds)
@@ -389,6 +397,7 @@ class Job:
             },
             "tokens_per_second": state.tokens / state.seconds,
             "peak_memory_bytes": state.peak_memory_bytes,
+            "preparation_peak_bytes": self.preparation_peak,
             "optimizer_bytes": adaptation.optimizer_bytes,
             "trained_parameters": adaptation.num_trained,
             "parameters": sum(p.numel() for p in self.model.parameters()),

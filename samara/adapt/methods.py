@@ -19,12 +19,21 @@ from samara.adapt.config import FullMethod, SparseMethod
 from samara.adapt.models import TaskModel
 from samara.errors import CheckpointError
 from samara.model.disk_errors import disk_errors
-from samara.runs import RunFolder, hash_file, new_folder, read_json, write_bytes, write_json
+from samara.registry.records import Evaluation
+from samara.runs import (
+    RunFolder,
+    environment,
+    hash_file,
+    new_folder,
+    read_json,
+    write_bytes,
+    write_json,
+)
 from samara.sparse.attach import Attachment
 from samara.sparse.auto import TrialRun, choose_score
 from samara.sparse.calibration import Calibration
 from samara.sparse.delta import SelectedEntries, delta_from_entries
-from samara.sparse.delta_records import Evaluation, Provenance, Selector, Train
+from samara.sparse.delta_records import Cost, Provenance, Selector, Train
 from samara.sparse.expansion import Expansion
 from samara.sparse.memory import sparse_memory
 from samara.sparse.selection import select
@@ -254,6 +263,12 @@ class SparseAdaptation:
     def details(self) -> dict[str, Any]:
         """See :class:`Adaptation`: the score, the density reached, and the memory formula."""
         weights = [entry.weight for entry in self._attachment.selected.values()]
+        beside = self._record["selection"]["trained_fully"]
+        chosen = sum(
+            entry.support.index.numel()
+            for name, entry in self._attachment.selected.items()
+            if name not in beside
+        )
         formula = sparse_memory(
             num_weights=sum(p.numel() for p in self.model.parameters()),
             num_entries=self.num_trained,
@@ -262,7 +277,7 @@ class SparseAdaptation:
         )
         return {
             "score": self._wanted.score,
-            "density": self.num_trained / self._record["selection"]["target_weights"],
+            "density": chosen / self._record["selection"]["target_weights"],
             "support_id": self._attachment.support.support_id,
             "formula_bytes": {
                 "weights": formula.weights,
@@ -372,12 +387,21 @@ def provenance(
     scores: Mapping[str, Mapping[str, Any]],
     base_scores: Mapping[str, Mapping[str, Any]] | None,
     num_items: int,
+    cost: Cost,
 ) -> Provenance:
     """What a delta file says about where it came from."""
+    made_by = environment()
     return Provenance(
         model_id=folder.name,
         config_sha256=hash_file(folder / "config.json"),
-        train=Train(data_sha256=data_hash, recipe=recipe, seed=seed),
+        train=Train(
+            data_sha256=data_hash,
+            recipe=recipe,
+            seed=seed,
+            code_commit=made_by["commit"],
+            environment=made_by,
+            cost=cost,
+        ),
         eval=[
             Evaluation(
                 task=task,

@@ -204,7 +204,10 @@ class Contest:
                 say(f"stage {stage.number}: {label}: {warning}")
         self.loss_before = self._loss_before()
         length = config.data.sequence_length
-        per_token = budget(stage.target).flops_per_token(length).training
+        costs = budget(stage.target)
+        rates = config.training.layer_rates(stage.target.num_hidden_layers)
+        per_token: float = costs.flops_per_token(length).training
+        per_token -= costs.saved_flops_per_token(length, None if rates is None else rates.keep)
         record = run_race(
             list(self.trials),
             rule=config.race,

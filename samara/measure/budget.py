@@ -21,7 +21,7 @@ Source of the formulas: OpenELM (arXiv 2404.14619) for the block; CoLA (arXiv 25
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -209,6 +209,30 @@ class Budget:
             for layer in self.layers
         )
 
+    def saved_flops_per_token(
+        self,
+        sequence_length: int,
+        keep: Sequence[float] | None,
+        attention: Attention = "full",
+        mode: Checkpointing = "none",
+    ) -> float:
+        """FLOPs per token of training that layers save on average by not running in each pass.
+
+        Args:
+            sequence_length: t.
+            keep: Each layer's probability to run; None: 1.
+            attention: As in :meth:`flops_per_token`.
+            mode: The activation checkpointing, whose recomputation is saved too.
+        """
+        return sum(
+            (1 - probability)
+            * (
+                layer.flops_per_token(sequence_length, attention).training
+                + layer.recompute_flops_per_token(sequence_length, mode, attention)
+            )
+            for probability, layer in zip(keep or (), self.layers, strict=keep is not None)
+        )
+
     def kv_cache_bytes_per_token(self, bytes_per_element: int = 2) -> int:
         """Bytes that one more token of context takes in the KV cache (2: 16-bit)."""
         return bytes_per_element * sum(layer.kv_cache_elements for layer in self.layers)
@@ -227,6 +251,25 @@ class Budget:
         """
         flops = self.flops_per_token(sequence_length, "causal").training
         return tokens_per_second * flops / peak_flops
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActiveLayers:
+    """The layers that run in a pass where layers are dropped: always as many, not the same ones.
+
+    Attributes:
+        count: Their number.
+        always: Those among them in every pass, counted from 0.
+    """
+
+    count: int
+    always: frozenset[int] = frozenset()
+
+    def largest(self, sizes: Sequence[int]) -> frozenset[int]:
+        """The layers of the pass whose sizes add up to most."""
+        rest = [layer for layer in range(len(sizes)) if layer not in self.always]
+        rest.sort(key=lambda layer: -sizes[layer])
+        return self.always | frozenset(rest[: self.count - len(self.always)])
 
 
 def budget(design: ModelConfig) -> Budget:

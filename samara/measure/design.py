@@ -17,7 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from samara.measure.budget import Budget, Checkpointing, LayerBudget, budget
+from samara.measure.budget import ActiveLayers, Budget, Checkpointing, LayerBudget, budget
 from samara.measure.config import DeviceProfile
 from samara.measure.devices import device_profile, estimated_cost, peak_flops
 from samara.measure.memory import OptimizerKind, Precision, training_memory
@@ -45,6 +45,8 @@ class DesignInput:
         optimizer: ``adamw`` or ``muon``.
         activation_checkpointing: What layers keep for backward.
         device_profile: Where the recipe means to run; ``auto``: this machine.
+        active_layers: Layers that run in a pass of training; None: all, or not always as many.
+        layer_keep: Each layer's probability to run in a pass; None: 1.
     """
 
     name: str
@@ -57,6 +59,8 @@ class DesignInput:
     optimizer: OptimizerKind = "adamw"
     activation_checkpointing: Checkpointing = "none"
     device_profile: str = "auto"
+    active_layers: ActiveLayers | None = None
+    layer_keep: tuple[float, ...] | None = None
 
 
 def design_data(
@@ -98,7 +102,9 @@ def _design(item: DesignInput, device: str, utilization: float) -> dict[str, Any
         activation_checkpointing=item.activation_checkpointing,
         accumulates=item.micro_batch_size < item.batch_size,
         device="cuda" if profile.cuda_names else "cpu",
+        active_layers=item.active_layers,
     )
+    saved = costs.saved_flops_per_token(length, item.layer_keep)
     return {
         "name": item.name,
         "parameters": parameters.total,
@@ -122,7 +128,8 @@ def _design(item: DesignInput, device: str, utilization: float) -> dict[str, Any
             "batch_size": item.batch_size,
             "micro_batch_size": item.micro_batch_size,
             "tokens": item.tokens,
-            "flops": item.tokens * flops.training,
+            "flops": item.tokens * (flops.training - saved),
+            "mean_active_layers": sum(item.layer_keep or (1,) * len(costs.layers)),
             "precision": item.precision,
             "optimizer": item.optimizer,
             "activation_checkpointing": item.activation_checkpointing,
@@ -153,8 +160,9 @@ def estimated_speed(
     """
     length, mode = item.sequence_length, item.activation_checkpointing
     peak = peak_flops(profile, item.precision, trained=item.name)
-    work = costs.flops_per_token(length, "causal").training
+    work: float = costs.flops_per_token(length, "causal").training
     work += costs.recompute_flops_per_token(length, mode, "causal")
+    work -= costs.saved_flops_per_token(length, item.layer_keep, "causal", mode)
     return utilization * peak / work
 
 
@@ -269,6 +277,10 @@ def _whole(value: float) -> str:
     return f"{value:,.0f}"
 
 
+def _layers(value: float) -> str:
+    return f"{value:.3g}"
+
+
 def _flops(value: float) -> str:
     return prefixed(value, "FLOP")
 
@@ -328,6 +340,7 @@ ROWS: tuple[_Row, ...] = tuple(
         ("  optimizer", lambda d: d["memory"]["optimizer"], _bytes),
         ("  activations", lambda d: d["memory"]["activations"], _bytes),
         ("  kernels", lambda d: d["memory"]["kernels"], _bytes),
+        ("layers in a pass of training", lambda d: d["training"]["mean_active_layers"], _layers),
         ("token budget", lambda d: d["training"]["tokens"], lambda v: prefixed(v, "")),
         ("FLOPs of the run", lambda d: d["training"]["flops"], _flops),
         ("estimated tokens/s", lambda d: d["estimate"]["tokens_per_second"], _whole),

@@ -19,12 +19,11 @@ Everything is in bytes. Names: n tokens of a micro-batch, d hidden, f FFN width,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from samara.measure.budget import Budget, Checkpointing, LayerBudget, budget
+from samara.measure.budget import ActiveLayers, Budget, Checkpointing, LayerBudget, budget
 from samara.model.attention import MAX_KEYS_BY_PRODUCTS
 from samara.model.config import PROJECTIONS, ModelConfig
 from samara.model.cross_entropy import CHUNK_ELEMENTS
@@ -69,25 +68,6 @@ class Memory:
     activations: int
     kernels: int
     total: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class ActiveLayers:
-    """The layers that run in a pass where layers are dropped: always as many, not the same ones.
-
-    Attributes:
-        count: Their number.
-        always: Those among them in every pass, counted from 0.
-    """
-
-    count: int
-    always: frozenset[int] = frozenset()
-
-    def largest(self, sizes: Sequence[int]) -> frozenset[int]:
-        """The layers of the pass whose sizes add up to most."""
-        rest = [layer for layer in range(len(sizes)) if layer not in self.always]
-        rest.sort(key=lambda layer: -sizes[layer])
-        return self.always | frozenset(rest[: self.count - len(self.always)])
 
 
 def training_memory(

@@ -15,7 +15,7 @@ from samara.measure.budget import budget
 from samara.measure.design import DesignInput
 from samara.report.humanize import count, listed
 from samara.report.markup import Html, element, paragraph, together
-from samara.report.page import ASSETS, assemble
+from samara.report.page import ASSETS, assemble, page_colors
 from samara.report.sections.shape import WIDTH, Shape, drawing, frame, height_of, shapes
 from samara.runs import write_text
 
@@ -92,7 +92,6 @@ def _svg(shown: Sequence[Shape]) -> str:
 def _style() -> str:
     """What of the page's style a drawing needs."""
     css = (ASSETS / "page.css").read_text(encoding="utf-8")
-    colors = css[: css.index("* { box-sizing")]
     rules = re.findall(r"^\.(?:shape \.|series rect|tick)[^{]*\{[^}]*\}$", css, re.MULTILINE)
     own = ".ground { fill: var(--paper); }\n.name { fill: var(--c); font: 600 15px var(--sans); }"
-    return "\n".join([colors, *rules, own])
+    return "\n".join([page_colors(), *rules, own])

@@ -72,6 +72,12 @@ def assemble(
     )
 
 
+def page_colors() -> str:
+    """The part of the page's style that names its colours, light and dark."""
+    css = (ASSETS / "page.css").read_text(encoding="utf-8")
+    return css[: css.index("* { box-sizing")]
+
+
 def _policy(script: str) -> str:
     """Content security policy: nothing is loaded, and no script runs but the page's own.
 

@@ -141,10 +141,10 @@ class Attachment:
         parameters = dict(self._model.named_parameters())
         self._disconnect()
         for name, tensor in support.tensors.items():
-            if name in self.selected:
-                self.selected[name].grow(tensor)
-            else:
-                self.selected[name] = Selected(name, parameters[name], tensor)
+            before = self.selected.get(name)
+            self.selected[name] = (
+                before.grown(tensor) if before else Selected(name, parameters[name], tensor)
+            )
         ordered = {name: self.selected[name] for name in parameters if name in self.selected}
         self.selected.clear()
         self.selected.update(ordered)

@@ -73,7 +73,7 @@ class SelectionConfig(Config):
     """Rows whose gradients the scores see, one backward pass each."""
     accumulators: Literal["float32", "bfloat16"] = "float32"
     """Of gradient sums, on the device. bfloat16 halves them; above 256 samples it loses addends."""
-    accumulator_gigabytes: PositiveFloat = 8.0
+    accumulator_gigabytes: PositiveFloat = 4.0
     """The most memory for gradient sums. What does not fit is done in further passes."""
     candidates: Annotated[float, Field(ge=1.0)] | None = None
     """After 8 samples keep sums for this many times the budget only (SpIEL: 4). Left out: all."""

@@ -118,12 +118,17 @@ def make_delta(
         mode: How values are stored.
 
     Raises:
-        ShapeMismatch: If a tensor is of another shape or type in ``tuned``.
+        ShapeMismatch: If a tensor is of another shape or type in ``tuned``, or not in the base.
         TiedTensorDuplicate: If a tied tensor was changed under two names.
         DeltaError: If an entry outside ``support`` changed.
     """
     known = named_tensors(base)
     _check_tied(known, tuned, support or {})
+    unknown = sorted({*tuned, *(support or {})} - base.keys())
+    if unknown:
+        raise ShapeMismatch(
+            f"{unknown[0]}: the base has no such tensor; name it as the checkpoint does"
+        )
     selected, dense = {}, {}
     for name in sorted(known.tensors):
         if name not in tuned:

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 from samara.errors import ConfigError, DeltaError, OutOfOrder, OverlapConflict, WrongBase
+from samara.registry.records import License
 from samara.sparse.delta import Delta, assemble
 from samara.sparse.delta_apply import check_tensor, checked_bits
 from samara.sparse.delta_codec import Bits, Indices, Shape
 from samara.sparse.delta_data import DeltaData, TensorDelta, hash_bits, values_between
-from samara.sparse.delta_records import Composition, License, Member, Mode, Policy, Provenance
+from samara.sparse.delta_records import Composition, Member, Mode, Policy, Provenance
 from samara.sparse.tensor_bits import TensorSource, from_float32, to_float32
 
 

@@ -25,8 +25,9 @@ import numpy as np
 import xxhash
 
 from samara.errors import LicenseDenied
+from samara.registry.records import License
 from samara.sparse.delta_codec import Bits, Indices, Shape
-from samara.sparse.delta_records import Dtype, License, Mode, Record
+from samara.sparse.delta_records import Dtype, Mode, Record
 
 WORDS: Mapping[str, np.dtype[Any]] = {
     "BF16": np.dtype("<u2"),

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from samara.config import Config
+from samara.registry.records import Audit, Evaluation, License
 
 Mode = Literal["ulp", "xor", "overwrite", "additive"]
 Dtype = Literal["BF16", "F16", "F32"]
@@ -77,41 +78,6 @@ class Train(Config):
     code_commit: str | None = None
     environment: dict[str, Any] | None = None
     cost: Cost | None = None
-
-
-class Evaluation(Config):
-    """One metric on one task, with the delta applied."""
-
-    task: str
-    metric: str
-    value: float
-    ci: tuple[float, float] | None = None
-    n: int | None = None
-    """Items that ``value`` is measured on."""
-    base_value: float | None = None
-    full_ft_value: float | None = None
-
-
-class Audit(Config):
-    """One suite of checks (bias, safety, stability), before and after the delta."""
-
-    suite: str
-    before: float | None = None
-    after: float | None = None
-    ci_of_change: tuple[float, float] | None = None
-    verdict: Literal["pass", "fail", "inconclusive"]
-
-
-class License(Config):
-    """What the licences of delta and base permit."""
-
-    delta: str | None = None
-    base: str | None = None
-    redistribution: Literal["allowed", "internal", "forbidden", "unknown"] = "unknown"
-    """Whether the delta, or a model with it merged in, may be given away."""
-    use: Literal["allowed", "forbidden"] = "allowed"
-    """Whether the delta may be applied."""
-    notice: str | None = None
 
 
 class Member(Config):

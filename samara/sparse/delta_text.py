@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from samara.registry.records import Audit, Evaluation
 from samara.sparse.delta_data import DeltaData
-from samara.sparse.delta_records import Audit, Evaluation
 
 
 def describe(delta: DeltaData, *, num_bytes: int) -> str:

@@ -2,7 +2,7 @@
 
 The support only grows: a delta file then has one support, and its density is what it says. Entries
 that join start from the base model's numbers with fresh moments; the others keep theirs
-(:meth:`samara.sparse.update.Selected.grow`). The new ones are chosen by the same score, taken anew
+(:meth:`samara.sparse.update.Selected.grown`). The new ones are chosen by the same score, taken anew
 from the weights as they are.
 
 If the training loss falls on while the validation loss does not, more data is the remedy, not more

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from samara.data.rows import Batch
 from samara.errors import ConfigError, did_you_mean
 from samara.sparse.attach import Use, input_dim, linear_weights
 from samara.sparse.budget import allocate
@@ -90,11 +91,11 @@ def select(
     if config.granularity == "two_level" and config.column_share < 1.0:
         _keep_best_columns(model, config, calibration, targets, scores)
     included = dict(include.indices) if include is not None else {}
-    counts, masses = _divide(config, targets, scores, total, included)
+    counts, masses = _divide(config, targets, scores, total, included, device=model.device)
     tensors = {
         name: TensorSupport(
             shape=targets[name].units.shape,
-            index=targets[name].units.entries(top_k(scores[name], count)),
+            index=targets[name].units.entries(top_k(scores[name].to(model.device), count).cpu()),
             block=targets[name].units.block,
         )
         for name, count in counts.items()
@@ -102,25 +103,31 @@ def select(
     }
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     support = Support(tensors={**tensors, **{name: whole(shapes[name]) for name in full}})
-    return Selection(
-        support=support,
-        record={
-            "score": config.score,
-            "exponents": config.exponents,
-            "granularity": config.granularity,
-            "rho": config.rho,
-            "normalize": config.normalize,
-            "target_weights": sum(t.weight.numel() for t in targets.values()),
-            "entries": support.num_entries,
-            "trained_fully": full,
-            "samples": len(samples) if _needs_gradients(targets) else 0,
-            "target_tokens": [count_targets([sample]) for sample in samples],
-            "entries_by_tensor": {n: t.index.numel() for n, t in support.tensors.items()},
-            "best_by_tensor": masses,
-            "support_id": support.support_id,
-            "seconds": time.perf_counter() - start,
-        },
-    )
+    record = {
+        **_record(config, support, samples),
+        "target_weights": sum(t.weight.numel() for t in targets.values()),
+        "trained_fully": full,
+        "samples": len(samples) if _needs_gradients(targets) else 0,
+        "best_by_tensor": masses,
+        "seconds": time.perf_counter() - start,
+    }
+    return Selection(support=support, record=record)
+
+
+def _record(config: SelectionConfig, support: Support, samples: Sequence[Batch]) -> dict[str, Any]:
+    """What the choice was made by, and what came out."""
+    return {
+        "score": config.score,
+        "exponents": config.exponents,
+        "granularity": config.granularity,
+        "rho": config.rho,
+        "normalize": config.normalize,
+        "entries": support.num_entries,
+        "entries_by_tensor": {n: t.index.numel() for n, t in support.tensors.items()},
+        "support_id": support.support_id,
+        # A sample's loss is a mean over its targets: short answers weigh as much as long ones.
+        "target_tokens": [count_targets([sample]) for sample in samples],
+    }
 
 
 def target_names(model: PreTrainedModel, targets: str | Sequence[str]) -> list[str]:
@@ -327,6 +334,8 @@ def _divide(
     scores: dict[str, Tensor],
     total: int,
     included: Mapping[str, Tensor],
+    *,
+    device: torch.device,
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Units of each matrix, and its entries among the best of all."""
     floors = {}
@@ -335,7 +344,10 @@ def _divide(
         scores[name][units] = torch.inf
         floors[name] = units.numel() * target.units.size
     masses = count_best(
-        lambda: [Scored(scores=scores[n], unit=t.units.size) for n, t in targets.items()], total
+        lambda: (
+            Scored(scores=scores[n].to(device), unit=t.units.size) for n, t in targets.items()
+        ),
+        total,
     )
     sizes = [target.weight.numel() for target in targets.values()]
     capacities = [

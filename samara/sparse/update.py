@@ -67,25 +67,22 @@ class Selected:
         self.weight.view(-1).index_copy_(0, self.index.long(), stored)
 
     @torch.no_grad()
-    def grow(self, support: TensorSupport) -> None:
-        """Select more entries; those of before keep values, moments and steps."""
-        before = Selected.__new__(Selected)
-        before.__dict__.update(self.__dict__)
-        place = torch.searchsorted(support.index, before.support.index)
+    def grown(self, support: TensorSupport) -> Selected:
+        """The same weight with more entries; those of before keep values, moments and steps."""
+        place = torch.searchsorted(support.index, self.support.index)
         kept = support.index[place.clamp(max=support.index.numel() - 1)]
-        assert torch.equal(kept, before.support.index), f"{self.name}: a support only grows"
+        assert torch.equal(kept, self.support.index), f"{self.name}: a support only grows"
         place = place.to(self.weight.device)
         # The new entries were never touched: what is in the weight there is the base's.
-        self.__init__(self.name, self.weight, support)  # type: ignore[misc]
-        self.base[place] = before.base
-        self.values[place] = before.values.detach()
-        self.exp_avg[place], self.exp_avg_sq[place] = before.exp_avg, before.exp_avg_sq
-        if support.index.numel() > before.support.index.numel():
-            steps = torch.zeros_like(self.exp_avg)
-            steps[place] = before.steps.to(steps)
-            self.steps = steps
-        else:
-            self.steps = before.steps
+        larger = Selected(self.name, self.weight, support)
+        larger.base[place] = self.base
+        larger.values[place] = self.values
+        larger.exp_avg[place], larger.exp_avg_sq[place] = self.exp_avg, self.exp_avg_sq
+        larger.steps = self.steps
+        if support.index.numel() > self.support.index.numel():
+            larger.steps = torch.zeros_like(larger.exp_avg)
+            larger.steps[place] = self.steps.to(larger.steps)
+        return larger
 
     @property
     def state_bytes(self) -> int:

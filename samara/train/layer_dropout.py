@@ -42,6 +42,7 @@ from transformers.cache_utils import Cache
 
 from samara.data.draws import Draws, Purpose
 from samara.errors import ConfigError
+from samara.measure.budget import Attention, Budget
 from samara.model.layers import LayerContext
 from samara.train.layer_rates import LayerDropoutConfig, LayerRates
 from samara.train.layer_stack import LayerStack, find_layers
@@ -188,6 +189,31 @@ class LayerCosts:
 
     rest: Costs
     layers: tuple[Costs, ...]
+
+    @classmethod
+    def of(
+        cls, budget: Budget, *, sequence_length: int, masked: bool, peak_flops: float | None
+    ) -> LayerCosts:
+        """Those of one of Samara's designs.
+
+        Args:
+            budget: What the design costs.
+            sequence_length: Tokens of a row.
+            masked: Whether attention looks both ways; else MFU counts its causal half.
+            peak_flops: FLOP/s of the device; None: no MFU.
+        """
+        head = budget.head_flops.training
+        useful: Attention = "full" if masked else "causal"
+        return cls(
+            rest=Costs(flops_per_token=head, useful_flops_per_token=head, peak_flops=peak_flops),
+            layers=tuple(
+                Costs(
+                    flops_per_token=layer.flops_per_token(sequence_length).training,
+                    useful_flops_per_token=layer.flops_per_token(sequence_length, useful).training,
+                )
+                for layer in budget.layers
+            ),
+        )
 
     def __call__(self, weights: Sequence[float]) -> Costs:
         """The costs of a pass by its gates, or of passes on average by probabilities to run."""

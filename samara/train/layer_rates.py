@@ -19,6 +19,7 @@ from pydantic import Field, NonNegativeInt
 
 from samara.config import Config
 from samara.errors import ConfigError
+from samara.measure.budget import ActiveLayers
 
 Shape = Literal["uniform", "incremental", "decay", "normal"]
 
@@ -84,6 +85,13 @@ class LayerRates:
     def mean_active(self) -> float:
         """Layers that run in a pass, on average."""
         return math.fsum(self.keep)
+
+    @property
+    def active_layers(self) -> ActiveLayers | None:
+        """What a pass holds at most; None: all, as independent gates promise nothing less."""
+        if self.budget is None:
+            return None
+        return ActiveLayers(count=self.budget, always=self.always)
 
     @property
     def always(self) -> frozenset[int]:

@@ -63,12 +63,17 @@ class PeakMemory:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._start = 0
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        self.restart()
+        if device.type != "cuda":
+            self._start = _status("VmRSS") or 0
+
+    def restart(self) -> None:
+        """Forget the peak so far; it is still counted from where this meter was made."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
         else:
             _return_freed_memory()
             _reset_high_water_mark()
-            self._start = _status("VmRSS") or 0
 
     def peak(self) -> int:
         """The peak so far, in bytes."""

@@ -32,7 +32,7 @@ from samara.measure.budget import Budget, budget
 from samara.measure.config import DeviceProfile
 from samara.measure.devices import device_profile, estimated_cost, peak_flops
 from samara.measure.loss import evaluate_loss
-from samara.measure.memory import ActiveLayers, training_memory
+from samara.measure.memory import training_memory
 from samara.model.disk_errors import disk_errors
 from samara.model.loading import save_model
 from samara.model.modeling import set_activation_checkpointing
@@ -42,7 +42,6 @@ from samara.train.averaging import Averages, member_steps
 from samara.train.checkpoint import Checkpoints, TrainingState, sweep
 from samara.train.config import InstructConfig, PretrainConfig, TrainingConfig
 from samara.train.layer_dropout import LayerCosts, dropping_layers
-from samara.train.layer_rates import LayerRates
 from samara.train.loop import AroundPass, Costs, Hooks, Record, Update, stopped, train
 from samara.train.memory import PeakMemory, check_memory
 from samara.train.objective import make_objective
@@ -157,15 +156,8 @@ def predict_memory(
         activation_checkpointing=config.training.activation_checkpointing,
         accumulates=micro_batch_size < config.training.batch_size,
         device="cuda" if place.device.type == "cuda" else "cpu",
-        active_layers=None if rates is None else active_layers(rates),
+        active_layers=None if rates is None else rates.active_layers,
     ).total
-
-
-def active_layers(rates: LayerRates) -> ActiveLayers | None:
-    """Which layers a pass holds at most; None: all, as independent gates promise nothing less."""
-    if rates.budget is None:
-        return None
-    return ActiveLayers(count=rates.budget, always=rates.always)
 
 
 class Job:
@@ -296,23 +288,12 @@ class Job:
         return self._layer_costs()(every_layer if rates is None else rates.keep)
 
     def _layer_costs(self) -> LayerCosts:
-        length = self.config.data.sequence_length
-        # Of a prefix LM the causal half too: what the prefix adds differs from row to row.
-        masked = isinstance(self.corpus.objective, MaskedObjective)
-        head = self.budget.head_flops.training
-        return LayerCosts(
-            rest=Costs(
-                flops_per_token=head, useful_flops_per_token=head, peak_flops=self.peak_flops
-            ),
-            layers=tuple(
-                Costs(
-                    flops_per_token=layer.flops_per_token(length).training,
-                    useful_flops_per_token=layer.flops_per_token(
-                        length, "full" if masked else "causal"
-                    ).training,
-                )
-                for layer in self.budget.layers
-            ),
+        return LayerCosts.of(
+            self.budget,
+            sequence_length=self.config.data.sequence_length,
+            # Of a prefix LM the causal half too: what the prefix adds differs from row to row.
+            masked=isinstance(self.corpus.objective, MaskedObjective),
+            peak_flops=self.peak_flops,
         )
 
     def _hooks(

@@ -5,10 +5,7 @@ The inference benchmark's switch changes the kernel, not the model.
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +13,6 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def benchmark() -> Iterator[Callable[[str], Any]]:
-    """Imports a script as it imports its neighbours: from its own folder."""
-    folder = str(ROOT / "benchmarks")
-    sys.path.insert(0, folder)
-    loaded = [path.stem for path in (ROOT / "benchmarks").glob("*.py")]
-    yield importlib.import_module
-    sys.path.remove(folder)
-    for name in loaded:
-        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +115,42 @@ def test_the_memory_benchmark_measures_a_case_in_a_process_of_its_own(
     assert "--only uniforn: no such case; there are uniform," in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("model", ["llama-lora", "samara"])
+def test_the_layer_dropout_benchmark_trains_every_model(benchmark, model):
+    dropout = benchmark("layer_dropout")
+    for method in (dropout.METHODS[0], dropout.METHODS[2]):
+        found = dropout.train_case(
+            model, method, dropout.SIZES["toy"], "cpu", steps=1, saved=not method.checkpointing
+        )
+        assert found["mean_active_layers"] == (4 if method.layer_dropout is None else 2)
+        assert found["saved_bytes"] > 0
+
+
+def test_the_layer_dropout_benchmark_measures_every_way_to_train(
+    benchmark, tmp_path, monkeypatch, capsys
+):
+    dropout, results = benchmark("layer_dropout"), benchmark("results")
+
+    def in_this_process(name: str, method: Any, *, size: str, device: str, steps: int) -> Any:
+        return dropout.measure(name, method, dropout.SIZES[size], device, steps)
+
+    monkeypatch.setattr(dropout, "in_fresh_process", in_this_process)
+    monkeypatch.setattr("samara.train.memory._return_freed_memory", lambda: None)  # slow
+    out = tmp_path / "layer_dropout-cpu.json"
+    dropout.main(["--size", "toy", "--steps", "2", "--models", "bert-lora", "--json", str(out)])
+    rows = {row["method"]: row for row in json.loads(out.read_text())["rows"]}
+    kept = [
+        rows[name]["saved_bytes"]
+        for name in ("all layers", *(f"dropout {r}, budgeted" for r in (0.25, 0.5, 0.75)))
+    ]
+    assert len(rows) == len(capsys.readouterr().out.splitlines()) == len(dropout.METHODS)
+    assert kept[0] - kept[1] == pytest.approx(kept[2] - kept[3], rel=0.1)
+    assert rows["dropout 0.5, budgeted"]["mean_active_layers"] == 2
+    assert rows["checkpointing"]["saved_bytes"] is None
+    assert all(row["step_seconds"] > 0 for row in rows.values())
+    assert "| bert-lora, dropout 0.5, budgeted | 2.0 |" in results.markdown(tmp_path)
+
+
 def test_the_results_page_is_made_of_the_committed_figures(benchmark):
     results = benchmark("results")
     assert results.PAGE.read_text(encoding="utf-8") == results.markdown()
@@ -159,6 +180,41 @@ def test_a_page_that_is_not_up_to_date_is_told(benchmark, tmp_path, monkeypatch)
         results.main(["--check"])
     results.main([])
     results.main(["--check"])
+
+
+def test_a_picture_that_is_not_up_to_date_is_told(benchmark, tmp_path, monkeypatch):
+    results = benchmark("results")
+    monkeypatch.setattr(results, "PAGE", tmp_path / "results.md")
+    results.main([])
+    (tmp_path / "growth-lag.svg").write_text("<svg/>")
+    with pytest.raises(SystemExit, match=r"growth-lag\.svg: is not what .* run `python"):
+        results.main(["--check"])
+
+
+def test_memory_of_one_device_in_two_files_is_one_table(benchmark, tmp_path):
+    results = benchmark("results")
+    cut, rest, other = (
+        json.loads((results.FOLDER / f"memory-{name}.json").read_text())
+        for name in ("cuda", "cuda-more", "cpu")
+    )
+    for name, data in (("cuda", cut), ("cuda-more", rest), ("cpu", other)):
+        (tmp_path / f"memory-{name}.json").write_text(json.dumps(data))
+    page = results.markdown(tmp_path)
+    assert page.count("| case |") == page.count("The largest error is") == 2
+    assert page.index("| cola | 8 × 256 | 983 |") > page.index("| llama | 8 × 256 | 1,033 |")
+    assert "`python benchmarks/memory.py --device cuda` (cut short), `python" in page
+    assert page.count("Not measured on this device: uniform bf16; llama checkpointed; ") == 1
+    (tmp_path / "memory-cuda-more.json").unlink()
+    assert "; cut short: not all cases ran.*" in results.markdown(tmp_path)
+
+
+def test_where_the_figures_were_written_to_is_not_part_of_the_command(benchmark):
+    data = {
+        "command": "python benchmarks/some.py --size a --json /there/out.json --repeats 3",
+        "environment": {"cpu": "a CPU", "packages": {"torch": "2"}, "commit": "c"},
+    }
+    line = benchmark("markdown_parts").origin(data)
+    assert line == "*`python benchmarks/some.py --size a --repeats 3`; a CPU; torch 2; commit c.*"
 
 
 def test_the_demo_is_collected_from_what_its_stages_wrote(benchmark, tmp_path):

@@ -78,8 +78,13 @@ def test_diff_show_verify_apply_revert_export(folders, samara, tmp_path):
     assert torch.equal(
         load_file(base / "model.safetensors")["w"], load_file(one / "model.safetensors")["w"]
     )
+    assert json.loads(samara("delta", "show", file, "--json"))["delta_id"] in samara(
+        "delta", "show", base
+    )
     assert "is applied already" in samara("delta", "apply", file, base, code=2)
+    assert len(json.loads(samara("delta", "show", base, "--json"))["stack"]) == 1
     assert "is off" in samara("delta", "revert", base)
+    assert "carries no delta" in samara("delta", "show", base)
     assert hash_file(base / "model.safetensors") == before
     samara("delta", "export", file, "--base", base, "--out", tmp_path / "merged")
     assert torch.equal(
@@ -129,3 +134,18 @@ def test_showing_a_delta_imports_no_torch(folders, samara, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_interrupted_change_is_shown_and_put_right_by_the_next(folders, samara, tmp_path):
+    base, one, _ = folders
+    file = tmp_path / "one.sdelta"
+    samara("delta", "diff", base, one, "--out", file)
+    before = hash_file(base / "model.safetensors")
+    samara("delta", "apply", file, base)
+    state = json.loads((base / ".sdelta/state.json").read_text())
+    pending = {"action": "apply", "delta_id": state["stack"][0]}
+    write_json(base / ".sdelta/state.json", {**state, "stack": [], "pending": pending})
+    assert "a process was killed amid `apply` of" in samara("delta", "show", base)
+    samara("delta", "revert", base, code=2)
+    assert hash_file(base / "model.safetensors") == before
+    assert "carries no delta" in samara("delta", "show", base)

@@ -146,6 +146,11 @@ stages:
             ["two.yaml", "--fit", "params=1M"],
             "--fit: starts from one design, two.yaml has 2 (a, b)",
         ),
+        (
+            ["one.yaml", "training.layer_dropout.rate=0.5", "--fit", "params=1M"],
+            "--fit: chooses the number of layers, and training.layer_dropout has rates for those "
+            "of one design; take it out with training.layer_dropout=null",
+        ),
     ],
 )
 def test_a_mistake_is_one_clear_line(samara, tmp_path, arguments, message):

@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -44,9 +45,14 @@ def test_every_recipe_is_named_after_its_file_and_says_what_it_is_for(path):
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("samara ")])
 def test_every_command_of_the_readme_parses(command):
     verb, *arguments = shlex.split(command)[1:]
-    known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    assert verb in known
-    known[verb].make_context(verb, arguments)
+    known: Any = typer.main.get_command(app)
+    assert verb in known.commands
+    found = known.commands[verb]
+    if hasattr(found, "commands"):  # of a group, the command in it
+        name, *arguments = arguments
+        assert name in found.commands
+        found = found.commands[name]
+    found.make_context(verb, arguments)
     for argument in arguments:
         if argument.startswith("recipes/"):
             assert (ROOT / argument).exists()

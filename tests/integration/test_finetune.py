@@ -13,11 +13,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    DebertaV2Config,
+    DebertaV2ForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
 )
 
 from samara.adapt import finetune as module
@@ -76,6 +80,12 @@ def build(kind: str, folder: Path) -> Path:
             model = GPT2LMHeadModel(
                 GPT2Config(vocab_size=32, n_positions=48, n_embd=16, n_layer=2, n_head=2)
             )
+        case "roberta":
+            model = RobertaForMaskedLM(RobertaConfig(**SIZES, pad_token_id=0))
+        case "deberta":
+            model = DebertaV2ForMaskedLM(
+                DebertaV2Config(**SIZES, relative_attention=True, pos_att_type=["p2c", "c2p"])
+            )
         case "bert":
             model = BertForMaskedLM(BertConfig(**SIZES))
         case _:
@@ -102,7 +112,8 @@ def build(kind: str, folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("bases")
-    kinds = ("llama", "llama_bf16", "gpt2", "bert", "samara", "samara_cola")
+    encoders = ("bert", "roberta", "deberta")
+    kinds = ("llama", "llama_bf16", "gpt2", *encoders, "samara", "samara_cola")
     return {kind: build(kind, root / kind) for kind in kinds}
 
 
@@ -192,7 +203,8 @@ CASES = [
     *(("bert", "labels", method) for method in ("sparse", "full", "lora")),
     *(("llama", task, "sparse") for task in ("classification", "summarization", "perplexity")),
     *((base, "question", "sparse") for base in ("gpt2", "samara", "samara_cola", "llama_bf16")),
-    ("samara", "labels", "sparse"),
+    *((base, "labels", "sparse") for base in ("samara", "roberta", "deberta")),
+    ("deberta", "labels", "lora"),
     ("gpt2", "question", "lora"),
     ("samara", "question", "lora"),
 ]
@@ -238,6 +250,7 @@ def test_what_is_saved_is_what_was_trained(
     assert results["steps"] == 6
     assert results["storage_bytes"] == sum(results["artefacts"].values()) > 0
     assert results["optimizer_bytes"] > 0
+    assert results["peak_memory_bytes"] >= 0
     assert results["flops"] > 0
     assert results["trained_parameters"] == trained["adaptation"].num_trained
     for score in results["scores"].values():

@@ -209,3 +209,28 @@ def test_settings_that_contradict_each_other_are_one_clear_line(tmp_path, change
     with pytest.raises(ConfigError) as caught:
         load_recipe(_single(tmp_path, **changes))
     assert str(caught.value).startswith(message)
+
+
+def test_a_reference_may_name_a_file_of_an_earlier_stage(tmp_path):
+    """Its stage is an input, and the resolved recipe is a recipe again."""
+    data = _stages(
+        data={"prepare": {"source": {"kind": "interpreter_docs"}}},
+        x={
+            "finetune": {
+                "init_from": "stage:data",
+                "task": {"kind": "labels", "name": "t", "data": "stage:data/documents/test.jsonl"},
+                "data": {"train": "stage:data/documents/train.jsonl"},
+                "training": {"max_steps": 1},
+            }
+        },
+    )
+    recipe = parse_recipe(data)
+    (stage,) = [stage for stage in recipe.stages if stage.name == "x"]
+    assert stage.needs == ("data",)
+    config = stage.config({"data": tmp_path})
+    assert config.data.train == str(tmp_path / "documents" / "train.jsonl")
+    resolved = recipe.resolved()
+    assert (
+        resolved["stages"]["x"]["finetune"]["data"]["train"] == "stage:data/documents/train.jsonl"
+    )
+    assert parse_recipe(resolved).fingerprints() == recipe.fingerprints()

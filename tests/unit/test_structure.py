@@ -20,6 +20,7 @@ LAYERS: list[set[str]] = [
     {"errors"},
     {"config"},
     {"runs", "progress", "catalog"},
+    {"registry"},
     {"model", "data"},
     {"measure"},
     {"train"},
@@ -27,7 +28,7 @@ LAYERS: list[set[str]] = [
     {"adapt"},
     {"federated", "report"},
     {"recipe"},
-    {"lifecycle", "designs", "delta_commands"},
+    {"lifecycle", "designs", "delta_commands", "model_commands", "registry_commands"},
     {"cli"},
     {"__main__"},
 ]

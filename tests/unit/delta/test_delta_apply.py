@@ -8,7 +8,18 @@ import random
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import samara
 from samara.errors import (
@@ -20,13 +31,28 @@ from samara.errors import (
     TiedTensorDuplicate,
     WrongBase,
 )
+from samara.model.config import ModelConfig
+from samara.registry.records import License
 from samara.sparse import delta_apply
 from samara.sparse.delta import make_delta
 from samara.sparse.delta_apply import DeltaStack, delta_stack
-from samara.sparse.delta_records import License, Provenance
-from samara.sparse.tensor_bits import Entries, model_tensors, named_tensors
+from samara.sparse.delta_records import Provenance
+from samara.sparse.tensor_bits import (
+    Entries,
+    digests,
+    model_tensors,
+    named_tensors,
+    tensors_root,
+)
+from samara.sparse.tensor_files import CheckpointFiles
 
 MODES = ("ulp", "xor", "overwrite")
+SMALL = {
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "vocab_size": 32,
+}
 
 
 def other_delta(base, *, seed=5, mode="ulp", parent=None):
@@ -317,6 +343,57 @@ def test_a_hugging_face_model_answers_as_the_tuned_one_and_then_as_before(tie, t
         with samara.Delta.load(tmp_path / "x.sdelta").applied_to(model):
             assert torch.equal(model(ids).logits, reference(ids).logits)
         assert torch.equal(model(ids).logits, before)
+
+
+HUGGING_FACE = {
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32)),
+    "t5": lambda: T5ForConditionalGeneration(
+        T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8, vocab_size=32)
+    ),
+    "gpt_neox, renamed on loading": lambda: GPTNeoXForCausalLM(
+        GPTNeoXConfig(num_hidden_layers=1, **SMALL)
+    ),
+    "mixtral, fused on loading": lambda: MixtralForCausalLM(
+        MixtralConfig(num_hidden_layers=1, num_key_value_heads=2, num_local_experts=2, **SMALL)
+    ),
+    "samara": lambda: samara.SamaraForCausalLM(
+        samara.SamaraConfig.from_design(
+            ModelConfig(hidden_size=16, num_hidden_layers=2, head_dim=8, vocab_size=32)
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_a_loaded_model_and_its_folder_are_one_base(name, tmp_path):
+    torch.manual_seed(0)
+    made = HUGGING_FACE[name]()
+    made.save_pretrained(tmp_path / "model")
+    files = CheckpointFiles(tmp_path / "model")
+    loaded = type(made).from_pretrained(tmp_path / "model")
+    for model in (made, loaded):
+        assert tensors_root(digests(model_tensors(model).tensors)) == files.root()
+
+
+def test_renamed_tensors_are_written_and_fused_ones_refused(tmp_path):
+    model = HUGGING_FACE["gpt_neox, renamed on loading"]()
+    base = copies(model_tensors(model).tensors)
+    changed = {**base, "embed_out.weight": base["embed_out.weight"] + 1}
+    with make_delta(base, changed).applied_to(model):
+        assert torch.equal(model.lm_head.weight, changed["embed_out.weight"])
+    model = HUGGING_FACE["mixtral, fused on loading"]()
+    base = copies(model_tensors(model).tensors)
+    name = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
+    delta = make_delta(base, {**base, name: base[name] + 1})
+    with (
+        pytest.raises(ShapeMismatch, match=r"experts.1.w1.weight: the loaded model holds it fused"),
+        delta.applied_to(model),
+    ):
+        pass
+
+
+def copies(weights):
+    return {name: tensor.clone() for name, tensor in weights.items()}
 
 
 def test_a_tied_tensor_under_its_other_name_is_refused():

@@ -24,6 +24,7 @@ from samara.errors import (
     TiedTensorDuplicate,
     WrongBase,
 )
+from samara.registry.records import License
 from samara.runs import hash_file, write_json
 from samara.sparse.delta import make_delta
 from samara.sparse.delta_checkpoint import (
@@ -32,7 +33,7 @@ from samara.sparse.delta_checkpoint import (
     revert_checkpoint,
     verify_checkpoint,
 )
-from samara.sparse.delta_records import License, Provenance
+from samara.sparse.delta_records import Provenance
 from samara.sparse.tensor_files import CheckpointFiles, FileEntries
 
 ROOT = Path(__file__).resolve().parents[3]

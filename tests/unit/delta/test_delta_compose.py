@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from samara.errors import ConfigError, DeltaError, OutOfOrder, OverlapConflict, WrongBase
+from samara.registry.records import License
 from samara.sparse.delta import make_delta
 from samara.sparse.delta_apply import delta_stack
 from samara.sparse.delta_compose import compose, overlaps
-from samara.sparse.delta_records import License, Provenance
+from samara.sparse.delta_records import Provenance
 from samara.sparse.tensor_bits import named_tensors
 
 

@@ -18,11 +18,12 @@ from samara.errors import (
     WrongBase,
 )
 from samara.model.interchange.provenance import verify
+from samara.registry.records import License
 from samara.runs import read_json, write_json
 from samara.sparse.delta import make_delta
 from samara.sparse.delta_checkpoint import apply_to_checkpoint, revert_checkpoint
 from samara.sparse.delta_exchange import delta_between, export_checkpoint, import_shira
-from samara.sparse.delta_records import License, Provenance
+from samara.sparse.delta_records import Provenance
 from samara.sparse.tensor_bits import model_tensors
 
 

@@ -11,10 +11,11 @@ import torch
 from safetensors import safe_open
 
 from samara.errors import CorruptDelta, DeltaError, ShapeMismatch, TiedTensorDuplicate
+from samara.registry.records import License
 from samara.runs import hash_json
 from samara.sparse.delta import Delta, SelectedEntries, delta_from_entries, make_delta
 from samara.sparse.delta_file import delta_bytes, parse_delta, read_delta
-from samara.sparse.delta_records import License, Provenance, Selector, Train
+from samara.sparse.delta_records import Provenance, Selector, Train
 from samara.sparse.tensor_bits import digests
 
 GOLDEN = Path(__file__).parent / "data" / "golden-v1.sdelta"
@@ -195,6 +196,10 @@ def test_other_types_and_unknown_names_are_refused(base):
         delta_from_entries({"b": entries}, base=digests(base))
     with pytest.raises(ShapeMismatch, match="x: the base has no such tensor"):
         delta_from_entries({"x": entries}, base=digests(base))
+    with pytest.raises(ShapeMismatch, match="x: the base has no such tensor"):
+        make_delta(base, {**base, "x": half})
+    with pytest.raises(ShapeMismatch, match="x: the base has no such tensor"):
+        make_delta(base, base, support={"x": torch.tensor([0])})
 
 
 def test_integer_tensors_must_not_change():

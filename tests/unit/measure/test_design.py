@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from samara.errors import ConfigError
-from samara.measure.budget import budget
+from samara.measure.budget import ActiveLayers, budget
 from samara.measure.design import DesignInput, _percent, design_data, design_text, duration
 from samara.measure.memory import training_memory
 from samara.model.config import ModelConfig
@@ -194,3 +194,34 @@ def test_differences_in_words(change, text):
 )
 def test_times_in_words(seconds, text):
     assert duration(seconds) == text
+
+
+def test_dropped_layers_save_work_time_and_memory():
+    plain = design_data([small_input()])
+    gated = small_input(layer_keep=(1.0, 0.5, 0.5), active_layers=ActiveLayers(count=2))
+    data = design_data([gated])
+    layer = data["layers"][0]["flops_per_token"]
+
+    assert data["flops_per_token"] == plain["flops_per_token"]
+    assert data["training"]["flops"] == plain["training"]["flops"] - 10_000 * layer
+    assert (plain["training"]["mean_active_layers"], data["training"]["mean_active_layers"]) == (
+        3,
+        2.0,
+    )
+    assert data["memory"]["total"] < plain["memory"]["total"]
+    assert data["estimate"]["seconds"] < plain["estimate"]["seconds"]
+    assert "layers in a pass of training" in design_text(design_data([small_input(), gated]))
+
+
+def test_what_dropped_layers_would_have_recomputed_is_saved_too():
+    plain, gated = (
+        design_data([small_input(activation_checkpointing="layer", layer_keep=keep)])
+        for keep in (None, (0.0, 0.0, 0.0))
+    )
+    head = budget(SMALL).head_flops.training
+    work = plain["causal_flops_per_token"]
+    recomputed = budget(SMALL).recompute_flops_per_token(32, "layer", "causal")
+
+    assert gated["estimate"]["seconds"] / plain["estimate"]["seconds"] == pytest.approx(
+        head / (work + recomputed)
+    )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from samara.sparse import gradients
 from samara.sparse.attach import Attachment, input_dim, linear_weights
@@ -106,6 +108,35 @@ def test_a_tied_weight_that_two_modules_call_gets_the_sum(models):
     dense = reference(model, objective, batch, {name})
     found, _ = sparse(model, objective, batch, support)
     compare(found, dense, support)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 4)),
+    tokens=st.integers(1, 6),
+    granularity=st.sampled_from(GRANULARITIES),
+    facing=st.integers(0, 1),
+    share=st.floats(0.01, 1.0),
+    seed=st.integers(0, 9),
+)
+def test_a_tap_gives_autograds_gradient(shape, tokens, granularity, facing, share, seed):
+    rows, columns = (8 * size - (seed % 2) for size in shape)
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator, requires_grad=True)
+    inputs = (rows, columns)[facing]
+    x = torch.randn(2, tokens, inputs, generator=generator, requires_grad=True)
+    y = x @ (weight.T if facing else weight)
+    outer = torch.randn(y.shape, generator=generator)
+    dense, dx = torch.autograd.grad((y * outer).sum(), (weight, x), retain_graph=True)
+    support = random_units((rows, columns), facing, granularity, share=share, seed=seed)
+    plan = gradients.make_plan(support, input_dim=facing, positions=support.index.int())
+    values = weight.detach().flatten()[support.index].requires_grad_(True)
+    frozen = weight.detach()
+    tapped = gradients.tap(x @ (frozen.T if facing else frozen), x, values, plan)
+    assert torch.equal(tapped, y)
+    found, found_dx = torch.autograd.grad((tapped * outer).sum(), (values, x))
+    torch.testing.assert_close(found, dense.flatten()[support.index], rtol=1e-5, atol=1e-5)
+    assert torch.equal(found_dx, dx)
 
 
 @pytest.mark.parametrize("num_tiles", [1, 2, 3, 7])
