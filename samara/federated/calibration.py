@@ -4,6 +4,7 @@ Compute is the CPU time of this process for forward, backward and update; the de
 the median of each counts, so that a neighbour's load falls on all alike. Activations are the bytes
 of the distinct tensors that autograd keeps for backward, parameters left out. The peak is modelled
 from them: weights, and for each trained number its gradient and AdamW's two moments, beside them.
+Under activation checkpointing one layer's activations come on top while it is recomputed.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -27,13 +26,12 @@ from samara.errors import NonFiniteLossError
 from samara.federated.aggregation import HEAD, Layout, Tensor
 from samara.federated.config import FederateConfig
 from samara.federated.importance import ImportanceMeter
-from samara.federated.messages import ClientState, Instruction, Reply, is_sound
+from samara.federated.messages import ClientState, Instruction, Reply, hash_of, is_sound
 from samara.federated.server import Scores
 from samara.federated.sharing import SharingState, update_importance, update_personal
 from samara.federated.store import to_numpy, to_torch
 from samara.federated.task_data import ChosenRows, FederatedData
 from samara.measure.loss import evaluate_loss
-from samara.runs import hash_json
 from samara.train.checkpoint import TrainingState
 from samara.train.layer_dropout import LayerDropout
 from samara.train.layer_stack import find_layers
@@ -163,6 +161,8 @@ class Trainer:
         local = self.config.local
         client, round = instruction.client, instruction.round
         torch.manual_seed(_seed(self.config.seed, client, round + 1))
+        for parameter in self._trained.values():
+            parameter.grad = None  # of a client that ran out of memory in the middle of a pass
         batches = training_batches(
             rows,
             batch_size=local.batch_size,
@@ -306,11 +306,6 @@ def make_layout(model: PreTrainedModel, trained: Mapping[str, nn.Parameter]) -> 
         groups={name: owner.get(id(parameter), HEAD) for name, parameter in trained.items()},
         num_layers=len(layers),
     )
-
-
-def hash_of(tensors: Mapping[str, Tensor]) -> str:
-    """Hash of named values."""
-    return hash_json({name: np.asarray(tensors[name]).tobytes().hex() for name in sorted(tensors)})
 
 
 def _seed(seed: int, client: int, number: int) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 from samara.federated.aggregation import Tensor
 from samara.federated.configurator import Verdict
 from samara.federated.sharing import SharingState
+from samara.runs import hash_json
 from samara.train.layer_rates import Shape
 
 
@@ -118,3 +119,8 @@ def message_bytes(plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> in
 def is_sound(tensors: Mapping[str, Tensor]) -> bool:
     """Whether all values are finite numbers."""
     return all(bool(np.isfinite(tensor).all()) for tensor in tensors.values())
+
+
+def hash_of(tensors: Mapping[str, Tensor]) -> str:
+    """Hash of named values."""
+    return hash_json({name: np.asarray(tensors[name]).tobytes().hex() for name in sorted(tensors)})

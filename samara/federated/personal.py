@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from samara.errors import CheckpointError
+from samara.federated.messages import hash_of
+from samara.federated.sharing import SharingAudit
 from samara.federated.store import Saved, Store
 
 
@@ -29,8 +31,12 @@ def import_personal(run: Path, client: int, source: Path) -> None:
         CheckpointError: If the run has no checkpoint, or the folder is damaged or another client's.
     """
     store, saved = _open(run)
-    store.import_client(client, source, round=saved.plain["round"])
-    store.save(saved.plain, saved.tensors, saved.best_tensors)
+    round = saved.plain["round"]
+    state = store.import_client(client, source, round=round)
+    audit = SharingAudit.from_dict(saved.plain["audit"])
+    kept = hash_of(state.personal) if state.personal else None
+    audit.record(round, client=client, state=state.sharing, sent=(), hash=kept)
+    _save(store, saved, audit)
 
 
 def reset_personal(run: Path, client: int) -> None:
@@ -40,12 +46,18 @@ def reset_personal(run: Path, client: int) -> None:
         CheckpointError: If the run has no checkpoint, or the client never took part.
     """
     store, saved = _open(run)
-    if client not in store.known_clients():
+    if not store.holds(client):
         raise CheckpointError(f"{run}: client {client} never took part, there is nothing to remove")
-    store.reset_client(client)
-    for name in ("clients", "importance"):
-        saved.plain["audit"][name].pop(str(client), None)
-    store.save(saved.plain, saved.tensors, saved.best_tensors)
+    audit = SharingAudit.from_dict(saved.plain["audit"])
+    audit.forget(client)
+    store.forget_client(client)
+    _save(store, saved, audit)  # before anything goes: what is named is always there
+    store.erase_client(client)
+
+
+def _save(store: Store, saved: Saved, audit: SharingAudit) -> None:
+    plain = {**saved.plain, "audit": audit.to_dict()}
+    store.save(plain, saved.tensors, saved.best_tensors)
 
 
 def _open(run: Path) -> tuple[Store, Saved]:

@@ -162,10 +162,6 @@ class Store:
             personal=to_numpy(load_file(path / PERSONAL)),
         )
 
-    def known_clients(self) -> list[int]:
-        """Clients that ever took part."""
-        return sorted(self._newest)
-
     def export_client(self, client: int, target: Path) -> None:
         """Copy what a client keeps into a folder of its own, for another run or another machine.
 
@@ -179,8 +175,8 @@ class Store:
         tensors = load_file(source / PERSONAL)
         write_tensors(target, {PERSONAL: tensors}, state=data["state"], identity={"client": client})
 
-    def import_client(self, client: int, source: Path, *, round: int) -> None:
-        """Give a client what :meth:`export_client` wrote.
+    def import_client(self, client: int, source: Path, *, round: int) -> ClientState:
+        """Give a client what :meth:`export_client` wrote, and return it.
 
         Raises:
             CheckpointError: If the folder is damaged or is another client's.
@@ -196,16 +192,22 @@ class Store:
             personal=to_numpy(load_file(source / PERSONAL)),
         )
         self.save_client(client, state, round=round)
+        return state
 
-    def reset_client(self, client: int) -> None:
-        """Remove everything that is kept for a client, on disk too: it starts as a new one.
-
-        Checkpoints that name what was removed go too, but the newest: save that one again now.
-        """
+    def forget_client(self, client: int) -> None:
+        """Name a client no more: the next checkpoint that is saved is without it."""
         self._newest.pop(client, None)
+
+    def erase_client(self, client: int) -> None:
+        """Remove what is kept for a client that was forgotten, and the checkpoints that name it."""
+        assert client not in self._newest, "forgotten, and saved so, before"
         for path in _rounds(self.checkpoints)[:-1]:
             shutil.rmtree(path)
         shutil.rmtree(self._folder(client), ignore_errors=True)
+
+    def holds(self, client: int) -> bool:
+        """Whether anything of a client is on disk."""
+        return self._folder(client).exists()
 
     def _folder(self, client: int) -> Path:
         return self.clients / f"client-{client:08d}"

@@ -382,6 +382,30 @@ def test_clients_keep_their_layers_send_the_others_and_say_so(bases, rows, tmp_p
             assert record["senders"][str(layer)] <= most
 
 
+def test_a_client_sends_what_the_server_insists_on_and_works_with_its_own(bases, rows, tmp_path):
+    config = settings(bases["samara"], rows, sharing__direction="none")
+    job = Job(config, folder_of(tmp_path / "run"))
+    start, groups = job.trainer.tensors(), job.trainer.layout.groups
+    asked = Instruction(round=0, client=2, must_share=(1,))
+    reply, state = job.trainer.train(asked, start, ClientState())
+    assert {groups[name] for name in reply.tensors} == {"1", "head"}
+    assert {groups[name] for name in state.personal} == {"0", "1", "2", "3"}
+    other = {name: value + 1 for name, value in start.items()}
+    local = job.trainer.local_values(other, state)
+    for name, group in groups.items():
+        expected = other[name] if group == "head" else state.personal[name]
+        np.testing.assert_array_equal(local[name], expected)
+
+
+def test_a_layer_that_no_batch_ran_is_not_sent(bases, rows, tmp_path):
+    config = settings(bases["samara"], rows, local__steps=1, sharing__direction="all")
+    job = Job(config, folder_of(tmp_path / "run"))
+    asked = Instruction(round=0, client=2, rate=0.5, shape="uniform")
+    reply, _ = job.trainer.train(asked, job.trainer.tensors(), ClientState())
+    assert reply.active_layers == (2,)
+    assert len({job.trainer.layout.groups[name] for name in reply.tensors}) == 3
+
+
 def test_what_a_client_keeps_is_exported_imported_and_removed(bases, rows, tmp_path):
     config = settings(bases["samara"], rows, sharing__direction="none")
     federate(config, folder_of(tmp_path / "run"))
@@ -398,6 +422,9 @@ def test_what_a_client_keeps_is_exported_imported_and_removed(bases, rows, tmp_p
     with pytest.raises(CheckpointError, match="nothing to export"):
         export_personal(run, client, tmp_path / "out2")
     import_personal(run, client, tmp_path / "out")
+    audit = json.loads((run / "checkpoints/round-00000002/state.json").read_text())
+    audit = audit["state"]["server"]["audit"]["clients"]
+    assert audit[str(client)]["personal"] == [0, 1, 2, 3]
     newest = sorted((run / "clients" / f"client-{client:08d}").iterdir())[-1]
     after = load_file(newest / "personal.safetensors")
     assert before.keys() == after.keys()
@@ -473,6 +500,16 @@ def test_lost_and_late_clients_do_not_stop_a_run(bases, rows, tmp_path):
     assert {v for d, v in verdicts if d == "late"} == {"timeout"}
     assert {v for d, v in verdicts if d == "lossy"} == {"ok", "error"}
     assert all(record["round_modelled_seconds"] <= 60 for record in log)
+
+
+def test_a_round_in_which_nobody_can_be_reached_changes_nothing(bases, rows, tmp_path):
+    path = tmp_path / "gone.yaml"
+    path.write_text(dump_yaml({"name": "gone", "slowness": 1.0, "availability": 0.0, **DEVICE}))
+    config = settings(bases["samara"], rows, clients__devices=[{"profile": str(path)}])
+    finished(config, tmp_path / "run")
+    log = RunFolder(tmp_path / "run").metrics()
+    assert len({record["validation_loss"] for record in log}) == 1
+    assert all(not record["clients"] for record in log[1:])
 
 
 def test_a_device_with_little_memory_drops_layers_or_sits_out(bases, rows, tmp_path):
