@@ -357,8 +357,11 @@ class FederateConfig(Config):
     local: LocalTraining = LocalTraining()
     server: ServerConfig
     clock: Clock = CalibratedClock()
-    engine: Literal["in_process"] = "in_process"
-    """`in_process`: this process plays server and clients."""
+    engine: Literal["in_process", "flower"] = "in_process"
+    """Who carries the messages, with the same result. `in_process`: this process plays server and
+    clients. `flower`: the simulation of Flower plays the clients in processes of their own."""
+    actors: PositiveInt = 2
+    """Of `flower`: clients that train at the same time."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -43,6 +43,12 @@ class Instruction:
         """As plain data."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Instruction:
+        """Read what :meth:`to_dict` gave, also by way of JSON."""
+        lists = {name: tuple(data[name]) for name in ("must_share", "population")}
+        return cls(**{**data, **lists})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
@@ -96,6 +102,17 @@ class Reply:
         """Everything but the tensors and what differs from run to run."""
         fields = {k: v for k, v in vars(self).items() if k not in ("tensors", "cpu_seconds")}
         return {**fields, "sharing": self.sharing.to_dict()}
+
+    @classmethod
+    def from_plain(
+        cls, plain: Mapping[str, Any], *, tensors: Mapping[str, Tensor], cpu_seconds: float
+    ) -> Reply:
+        """Put together again what :meth:`plain` left apart, also by way of JSON."""
+        read = {
+            "sharing": SharingState.from_dict(plain["sharing"]),
+            "active_layers": tuple(plain["active_layers"]),
+        }
+        return cls(**{**plain, **read}, tensors=tensors, cpu_seconds=cpu_seconds)
 
 
 @dataclass(frozen=True, kw_only=True)

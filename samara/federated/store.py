@@ -63,7 +63,7 @@ class Store:
 
     def __init__(self, folder: Path, *, identity: Mapping[str, Any]) -> None:
         self.checkpoints, self.clients = folder / "checkpoints", folder / "clients"
-        self._identity = dict(identity)
+        self.identity = dict(identity)
         self._newest: dict[int, int] = {}
 
     @classmethod
@@ -93,7 +93,7 @@ class Store:
                 "server": plain,
                 "clients": {str(client): self._newest[client] for client in sorted(self._newest)},
             },
-            identity=self._identity,
+            identity=self.identity,
         )
         for old in _rounds(self.checkpoints)[:-KEEP_LAST]:
             shutil.rmtree(old)
@@ -116,7 +116,7 @@ class Store:
                 problem = problem or error
                 log.warning("%s; the checkpoint before is taken", error)
                 continue
-            changed = differences(data["identity"], self._identity)
+            changed = differences(data["identity"], self.identity)
             if changed:
                 raise CheckpointError(
                     f"{path}: belongs to a run of something else ({'; '.join(changed[:3])}); give "
@@ -143,19 +143,32 @@ class Store:
             self._folder(client) / f"round-{round:08d}",
             {PERSONAL: to_torch(state.personal)},
             state=state.sharing.to_dict(),
-            identity={"client": client, **self._identity},
+            identity={"client": client, **self.identity},
         )
         self._newest[client] = round
 
-    def load_client(self, client: int) -> ClientState:
+    def note_client(self, client: int, *, round: int) -> None:
+        """Take note of a state that the client itself has written."""
+        self._newest[client] = round
+
+    def newest_round(self, client: int) -> int | None:
+        """The round of a client's newest state; None: it never took part."""
+        return self._newest.get(client)
+
+    def load_client(self, client: int, *, round: int | None = None) -> ClientState:
         """What a client keeps; a client that never took part keeps nothing.
+
+        Args:
+            client: Its number.
+            round: Of the state. Left out: the newest that the store knows of.
 
         Raises:
             CheckpointError: If its folder is damaged.
         """
-        if client not in self._newest:
+        number = self._newest.get(client) if round is None else round
+        if number is None:
             return ClientState()
-        path = self._folder(client) / f"round-{self._newest[client]:08d}"
+        path = self._folder(client) / f"round-{number:08d}"
         data = verify(path)
         return ClientState(
             sharing=SharingState.from_dict(data["state"]),

@@ -21,7 +21,8 @@ from samara.data.loader import training_batches
 from samara.errors import CheckpointError, ConfigError, Stopped
 from samara.federated.config import FederateConfig
 from samara.federated.driver import InProcessDriver
-from samara.federated.federate import Job, federate
+from samara.federated.federate import federate
+from samara.federated.job import Job
 from samara.federated.messages import ClientState, Instruction
 from samara.federated.personal import export_personal, import_personal, reset_personal
 from samara.model.config import ModelConfig
@@ -471,6 +472,22 @@ def test_a_round_completes_whatever_its_clients_send(bases, rows, tmp_path):
     assert set(record["senders"].values()) == {2}
 
 
+def test_a_client_whose_own_layers_are_damaged_is_lost_and_the_round_completes(
+    bases, rows, tmp_path
+):
+    config = settings(bases["samara"], rows, clients__per_round=6, sharing__direction="none")
+    job = Job(config, folder_of(tmp_path / "run"))
+    driver = InProcessDriver(job.server, job.trainer, job.store, job.run)
+    driver.resume()
+    driver.run_round()
+    file = tmp_path / "run/clients/client-00000003/round-00000000/personal.safetensors"
+    file.write_bytes(b"rubbish")
+    record = driver.run_round()
+    verdicts = {c["client"]: c["verdict"] for c in record["clients"]}
+    assert verdicts == {client: "error" if client == 3 else "ok" for client in range(6)}
+    assert "is cut off" in record["clients"][3]["reason"]
+
+
 def test_a_training_that_diverges_is_a_failed_reply_and_changes_nothing(bases, rows, tmp_path):
     config = settings(bases["samara"], rows, local__optimizer={"lr": 1e30})
     job = Job(config, folder_of(tmp_path / "run"))
@@ -585,6 +602,9 @@ def test_settings_that_do_not_fit_the_model_are_refused(bases, rows, tmp_path):
     config = settings(bases["samara"], rows, configurator__rates=[0.05])
     with pytest.raises(ConfigError, match=r"configurator.rates: arm 0.05-incremental"):
         federate(config, folder_of(tmp_path / "a"))
+    config = settings(bases["bert"], rows, layer_dropout={"rate": 0.5, "scale": "inverse_keep"})
+    with pytest.raises(ConfigError, match=r"layer_dropout.scale: inverse_keep needs layers"):
+        federate(config, folder_of(tmp_path / "c"))
     config = settings(bases["samara"], rows, method="frozen_depth", trained_layers=9)
     with pytest.raises(ConfigError, match=r"trained_layers: 9 wanted, the model has 4 layers"):
         federate(config, folder_of(tmp_path / "b"))
@@ -610,3 +630,47 @@ def test_the_command_runs_a_recipe(bases, rows, samara, tmp_path):
     done = samara("federate", "small.yaml", "method=fedlora", "server.rounds=1", "--out", "run")
     assert (done.returncode, "1/1 rounds" in done.stderr) == (0, True)
     assert json.loads((tmp_path / "run/results.json").read_text())["method"] == "fedlora"
+
+
+def test_flower_carries_the_messages_to_the_same_result_bit_for_bit(
+    bases, rows, tmp_path, monkeypatch
+):
+    """It also goes on with what another engine began, the clients' own layers included."""
+    pytest.importorskip("flwr")
+    config = settings(bases["samara"], rows, clients__number=4, server__rounds=3)
+    federate(config, folder_of(tmp_path / "one"))
+    run_round = InProcessDriver.run_round
+
+    def signalled(driver):
+        record = run_round(driver)
+        signal.raise_signal(signal.SIGTERM)
+        return record
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InProcessDriver, "run_round", signalled)
+        with pytest.raises(Stopped):
+            federate(config, folder_of(tmp_path / "other"))
+    federate(config.model_copy(update={"engine": "flower"}), folder_of(tmp_path / "other"))
+    one, other = outcome(tmp_path / "one"), outcome(tmp_path / "other")
+    engines = [found["results"].pop("engine") for found in (one, other)]
+    assert engines == ["in_process", "flower"]
+    assert one == other
+
+
+def test_clients_of_flower_that_break_down_are_logged_and_the_rounds_complete(
+    bases, rows, tmp_path
+):
+    pytest.importorskip("flwr")
+    from samara.federated.flower import FlowerDriver
+
+    data = Path(shutil.copytree(rows, tmp_path / "rows"))
+    config = settings(bases["samara"], data, engine="flower", clients__number=2, server__rounds=1)
+    job = Job(config, folder_of(tmp_path / "run"))
+    driver = FlowerDriver(job.server, job.trainer, job.store, job.run)
+    driver.resume()
+    (data / "train.jsonl").unlink()
+    driver.run()
+    record = RunFolder(tmp_path / "run").metrics()[-1]
+    assert [c["verdict"] for c in record["clients"]] == ["error"] * 2
+    assert all("train.jsonl" in c["reason"] for c in record["clients"])
+    assert set(record["senders"].values()) == {0}
