@@ -21,16 +21,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pool import add_pool_options, open_pool, stop_pool
 from record import Record, add_json_option
 
 from samara.config import validate
@@ -368,7 +368,7 @@ def work_off(scale: Scale, options: argparse.Namespace, record: Record) -> bool:
     seen: set[str] = set()
     running: dict[Future[dict[str, Any]], Task] = {}
     failed = False
-    with _pool(options) as pool:
+    with open_pool(options) as pool:
 
         def submit(tasks: Sequence[Task]) -> None:
             for task in tasks:
@@ -385,7 +385,7 @@ def work_off(scale: Scale, options: argparse.Namespace, record: Record) -> bool:
             left = deadline - time.monotonic()
             done, _ = wait(running, timeout=max(0.0, left), return_when=FIRST_COMPLETED)
             if not done:
-                _stop(pool)
+                stop_pool(pool)
                 return False
             for future in done:
                 task, error = running.pop(future), future.exception()
@@ -404,36 +404,6 @@ def work_off(scale: Scale, options: argparse.Namespace, record: Record) -> bool:
     return not failed
 
 
-@contextlib.contextmanager
-def _pool(options: argparse.Namespace) -> Iterator[ProcessPoolExecutor]:
-    context = multiprocessing.get_context("spawn")
-    devices = context.Queue()
-    for worker in range(options.workers):
-        devices.put(worker % max(1, options.gpus))
-    with ProcessPoolExecutor(
-        options.workers,
-        mp_context=context,
-        initializer=_enter,
-        initargs=(devices, options.gpus),
-    ) as pool:
-        yield pool
-
-
-def _enter(devices: Any, gpus: int) -> None:
-    """Give a worker its GPU and one thread, before anything imports torch."""
-    if gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(devices.get())
-    os.environ["OMP_NUM_THREADS"] = "1"
-
-
-def _stop(pool: ProcessPoolExecutor) -> None:
-    """Time is up: what runs can be gone on with from its checkpoint."""
-    processes = list((pool._processes or {}).values())
-    pool.shutdown(wait=False, cancel_futures=True)
-    for process in processes:
-        process.kill()
-
-
 def main(arguments: Sequence[str]) -> None:
     """Work the queue off, or as much of it as there is time for."""
     parser = argparse.ArgumentParser(
@@ -442,9 +412,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--corpus", type=Path, required=True, help="a folder of samara prepare")
     parser.add_argument("--out", type=Path, default=Path("runs/growth"), help="run folders")
     parser.add_argument("--scale", choices=SCALES, default="8m")
-    parser.add_argument("--workers", type=int, default=1, help="runs side by side")
-    parser.add_argument("--gpus", type=int, default=0, help="GPUs they share; 0: the CPU")
-    parser.add_argument("--minutes", type=float, default=600.0, help="stop after so long")
+    add_pool_options(parser)
     add_json_option(parser)
     options = parser.parse_args(arguments)
     record = Record(

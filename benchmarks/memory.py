@@ -70,6 +70,8 @@ class Case:
     activation_checkpointing: str = "none"
     micro_batches: int = 1
     z_loss: float = 0.0
+    layer_dropout: float = 0.0
+    """Share of the layers that a budgeted gate leaves out."""
 
 
 CASES = (
@@ -80,6 +82,8 @@ CASES = (
     Case(name="layer-wise bf16", design=LAYER_WISE, precision="bfloat16"),
     Case(name="llama checkpointed", design=LLAMA, activation_checkpointing="layer"),
     Case(name="cola CoLA-M", design=COLA, activation_checkpointing="cola_m"),
+    Case(name="uniform, half of the layers", design=UNIFORM, layer_dropout=0.5),
+    Case(name="layer-wise, half of the layers", design=LAYER_WISE, layer_dropout=0.5),
     Case(
         name="llama Muon, long rows",
         design=LLAMA,
@@ -99,7 +103,9 @@ def train_case(case: Case, device: str, design: dict[str, Any], *, steps: int) -
     from samara.model.modeling import SamaraForCausalLM, set_activation_checkpointing
     from samara.train.checkpoint import TrainingState
     from samara.train.config import AdamW, Muon
-    from samara.train.loop import train
+    from samara.train.layer_dropout import dropping_layers
+    from samara.train.layer_rates import LayerDropoutConfig
+    from samara.train.loop import Costs, Hooks, train
     from samara.train.objective import CausalLM
     from samara.train.optim import Optimizer
 
@@ -118,17 +124,22 @@ def train_case(case: Case, device: str, design: dict[str, Any], *, steps: int) -
         "position_ids": positions,
         "document_ids": torch.zeros(shape, dtype=torch.int64),
     }
-    train(
-        model,
-        objective=CausalLM(z_loss=case.z_loss),
-        optimizer=Optimizer(model, optimizer),
-        learning_rate=lambda _: 1e-3,
-        batches=[[batch] * case.micro_batches] * steps,
-        state=TrainingState(),
-        num_steps=steps,
-        precision=case.precision,
-        clip_grad_norm=1.0,
-    )
+    dropout = LayerDropoutConfig(rate=case.layer_dropout)
+    with dropping_layers(
+        model, dropout if case.layer_dropout else None, seed=0, costs=lambda _: Costs()
+    ) as around_pass:
+        train(
+            model,
+            objective=CausalLM(z_loss=case.z_loss),
+            optimizer=Optimizer(model, optimizer),
+            learning_rate=lambda _: 1e-3,
+            batches=[[batch] * case.micro_batches] * steps,
+            state=TrainingState(),
+            num_steps=steps,
+            precision=case.precision,
+            clip_grad_norm=1.0,
+            hooks=Hooks(around_pass=around_pass),
+        )
 
 
 def measure(case: Case, device: str) -> int:
@@ -150,9 +161,12 @@ def predict(case: Case, device: str) -> int:
     """Peak bytes of a case, in closed form."""
     from samara.measure.memory import training_memory
     from samara.model.config import ModelConfig
+    from samara.train.layer_rates import LayerDropoutConfig
 
+    design = ModelConfig.model_validate(case.design)
+    rates = LayerDropoutConfig(rate=case.layer_dropout).rates(design.num_hidden_layers)
     return training_memory(
-        ModelConfig.model_validate(case.design),
+        design,
         micro_batch_size=case.micro_batch_size,
         sequence_length=case.sequence_length,
         precision=case.precision,
@@ -160,6 +174,7 @@ def predict(case: Case, device: str) -> int:
         activation_checkpointing=case.activation_checkpointing,
         accumulates=case.micro_batches > 1,
         device=device,
+        active_layers=rates.active_layers,
     ).total
 
 
@@ -186,7 +201,7 @@ def line(row: dict[str, Any]) -> str:
     """A row of the printed table."""
     heap = f"  default heap {row['default_heap'] / 1e6:7.0f}" if "default_heap" in row else ""
     return (
-        f"{row['name']:24} predicted {row['predicted'] / 1e6:7.0f} MB  "
+        f"{row['name']:30} predicted {row['predicted'] / 1e6:7.0f} MB  "
         f"measured {row['measured'] / 1e6:7.0f} MB  "
         f"{row['predicted'] / row['measured'] - 1:+6.1%}{heap}"
     )

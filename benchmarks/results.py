@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import decision_page
 import growth_page
 import growth_plot
 from markdown_parts import (
@@ -255,6 +256,11 @@ def layer_dropout(files: Sequence[Data]) -> str:
     )
 
 
+def decision(files: Sequence[Data]) -> str:
+    """Methods of adaptation, side by side with full fine-tuning."""
+    return decision_page.section(files)
+
+
 SECTIONS: dict[str, Callable[[Sequence[Data]], str]] = {
     "flops": flops,
     "memory": memory,
@@ -262,6 +268,7 @@ SECTIONS: dict[str, Callable[[Sequence[Data]], str]] = {
     "inference": inference,
     "growth": growth,
     "evaluation": evaluation,
+    "decision": decision,
 }
 """What a file's name begins with -> the section made of such files, in the order of the page."""
 

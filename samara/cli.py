@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 import typer.core
 
-from samara import delta_commands, model_commands, registry_commands
+from samara import audit_command, delta_commands, model_commands, registry_commands
 from samara.errors import ConfigError, SamaraError, Stopped
 
 if TYPE_CHECKING:
@@ -195,6 +195,9 @@ def evaluate(
         comparison = paired_report(*folders)
         write_json(base / "paired.json", comparison)
         typer.echo(paired_table(comparison))
+
+
+app.command()(audit_command.audit)
 
 
 @app.command()

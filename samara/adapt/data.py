@@ -94,7 +94,10 @@ class EncodedAnswer:
 
 
 class AnswerRows(Rows):
-    """Prompts with their answers, one a row; only the answer is counted."""
+    """Prompts with their answers, one a row: ``input_ids`` and ``targets`` (b, t).
+
+    Only the answer is counted. Padding stands behind the text, and needs no mask in a causal model.
+    """
 
     def __init__(
         self,
@@ -156,11 +159,7 @@ class AnswerRows(Rows):
             input_ids[place, : len(tokens) - 1] = tokens[:-1]
             start = len(row.prompt) - 1
             targets[place, start : len(tokens) - 1] = tokens[1 + start :]
-        return {
-            "input_ids": input_ids,
-            "targets": targets,
-            "position_ids": torch.arange(length).repeat(len(chosen), 1),
-        }
+        return {"input_ids": input_ids, "targets": targets}
 
 
 def _prompt_and_answer(maker: ExampleMaker, row: Row) -> tuple[str, str, bool]:

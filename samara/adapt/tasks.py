@@ -18,14 +18,14 @@ from samara.data.rows import Batch, Rows
 from samara.data.tokens import IGNORE_INDEX
 from samara.measure.language_model import LanguageModel
 from samara.measure.local_tasks import TaskSource, load_task
-from samara.measure.loss import evaluate_loss
 from samara.measure.task_examples import ExampleMaker
 from samara.measure.task_metrics import Item
 from samara.measure.task_rows import read_rows
 from samara.measure.task_scoring import num_requests, score_task
 from samara.measure.tasks_config import PromptedConfig
+from samara.model.cross_entropy import linear_cross_entropy
 from samara.progress import ProgressLine
-from samara.train.objective import CausalLM, Objective, Sums
+from samara.train.objective import Objective, Sums, count_targets, output_weight
 from samara.train.parallel import Precision, autocast
 
 SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -46,14 +46,31 @@ class LabelLoss:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CausalLMByLogits:
-    """Next-token prediction for decoders whose logits are more than one product."""
+class AnswerLoss:
+    """Next-token prediction on rows of one text each, without whole logits.
+
+    A row is padded behind its text, which causality hides: neither mask nor positions are needed,
+    and attention takes its fastest path.
+    """
 
     def __call__(self, model: PreTrainedModel, batch: Batch) -> Sums:
         """See :class:`~samara.train.objective.Objective`."""
-        logits_btv = model(
-            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
-        ).logits
+        hidden_btd = model.base_model(
+            input_ids=batch["input_ids"], use_cache=False
+        ).last_hidden_state
+        weight_vd = output_weight(model)
+        assert weight_vd is not None, "a language model has a matrix to the vocabulary"
+        result = linear_cross_entropy(hidden_btd, weight_vd, batch["targets"])
+        return Sums(loss=result.loss_sum, nll=result.nll_sum)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerLossByLogits:
+    """The same for decoders whose logits are more than one product."""
+
+    def __call__(self, model: PreTrainedModel, batch: Batch) -> Sums:
+        """See :class:`~samara.train.objective.Objective`."""
+        logits_btv = model(input_ids=batch["input_ids"], use_cache=False).logits
         counted_bt = batch["targets"] != IGNORE_INDEX
         nll = cross_entropy(
             _exact(logits_btv[counted_bt]), batch["targets"][counted_bt], reduction="sum"
@@ -112,18 +129,17 @@ class Task:
 
     def validation_loss(self, model: PreTrainedModel, *, batch_size: int) -> float:
         """Mean loss over the targets of the validation rows."""
-        precision = self._config.training.precision
-        if not isinstance(self.validation, LabelRows):
-            return evaluate_loss(
-                model,
-                self.validation,
-                batch_size=batch_size,
-                device=model.device,
-                precision=precision,
-            ).loss
-        logits_rn = predict(model, self.validation, batch_size=batch_size, precision=precision)
-        targets_r = torch.tensor(self.validation.targets)
-        return float(cross_entropy(logits_rn, targets_r))
+        was_training = model.training
+        model.train(False)
+        total, num_targets = torch.zeros((), dtype=torch.float64, device=model.device), 0
+        with torch.no_grad():
+            for batch in evaluation_batches(self.validation, batch_size=batch_size):
+                on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
+                with autocast(model.device, self._config.training.precision):
+                    total += self.objective(model, on_device).nll
+                num_targets += count_targets([batch])
+        model.train(was_training)
+        return float(total) / num_targets
 
     def score(self, model: PreTrainedModel) -> list[Item]:
         """Every scored row with what the model said."""
@@ -188,8 +204,8 @@ def causal_objective(model: PreTrainedModel) -> Objective:
     scales = [getattr(model.config, name, None) for name in SCALED_LOGITS]
     is_plain = head is not None and getattr(head, "bias", None) is None
     if is_plain and all(scale in (None, 1.0) for scale in scales):
-        return CausalLM()
-    return CausalLMByLogits()
+        return AnswerLoss()
+    return AnswerLossByLogits()
 
 
 @torch.no_grad()

@@ -129,7 +129,7 @@ class LanguageModel:
         self.model.train(False)
         self.tokenizer = tokenizer
         self.batch_size = batch_size
-        self.max_length = max_length or _context_length(model, tokenizer)
+        self.max_length = max_length or context_length(model, tokenizer)
         marks = (tokenizer.bos_token_id, tokenizer.eos_token_id)
         prefix = next((mark for mark in marks if mark is not None), None)
         if prefix is None:
@@ -489,7 +489,8 @@ def _log_softmax(logits_kv: Tensor) -> Tensor:
     return torch.log_softmax(logits_kv, dim=-1, dtype=exact)
 
 
-def _context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens a model can attend to: as its configuration says, else its tokenizer."""
     fields = model.config.get_text_config().to_dict()
     for key in LENGTH_KEYS:
         if fields.get(key):

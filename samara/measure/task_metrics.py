@@ -188,11 +188,11 @@ def class_scores(gold: Sequence[str], predicted: Sequence[str]) -> dict[str, flo
     """Macro precision, recall and F1: means over the labels that occur, 0 where undefined."""
     cells, counts = _cells(gold, predicted)
     labels = _indicators(cells, [(0, 1)])[0]
-    return {name: float(_MACRO[name](labels.count(counts))) for name in _MACRO}
+    return {name: float(MACRO[name](labels.count(counts))) for name in MACRO}
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ClassCounts:
+class ClassCounts:
     """Per label, over any number of resamples: (…, labels)."""
 
     right: Floats
@@ -210,7 +210,7 @@ def _over(numerator: Floats, denominator: Floats) -> Floats:
     return np.asarray(numerator / np.where(denominator > 0, denominator, 1.0))
 
 
-_MACRO: dict[str, Callable[[_ClassCounts], Floats]] = {
+MACRO: dict[str, Callable[[ClassCounts], Floats]] = {
     "macro_precision": lambda counts: counts.mean(_over(counts.right, counts.predicted)),
     "macro_recall": lambda counts: counts.mean(_over(counts.right, counts.gold)),
     "macro_f1": lambda counts: counts.mean(_over(2 * counts.right, counts.predicted + counts.gold)),
@@ -225,9 +225,9 @@ class _Indicators:
     predicted: Floats
     gold: Floats
 
-    def count(self, cell_counts: npt.NDArray[np.int64]) -> _ClassCounts:
+    def count(self, cell_counts: npt.NDArray[np.int64]) -> ClassCounts:
         """Counts per label of counts per cell (…, cells)."""
-        return _ClassCounts(
+        return ClassCounts(
             right=cell_counts @ self.right,
             predicted=cell_counts @ self.predicted,
             gold=cell_counts @ self.gold,
@@ -269,8 +269,8 @@ def _redraw(counts: npt.NDArray[np.int64], how: Resampling) -> npt.NDArray[np.in
 def _classes_interval(name: str, items: Sequence[Item], how: Resampling) -> Interval:
     cells, counts = _cells([item.gold[0] for item in items], [item.prediction for item in items])
     (labels,) = _indicators(cells, [(0, 1)])
-    value = float(_MACRO[name](labels.count(counts)))
-    return _percentile(value, _MACRO[name](labels.count(_redraw(counts, how))), len(items), how)
+    value = float(MACRO[name](labels.count(counts)))
+    return _percentile(value, MACRO[name](labels.count(_redraw(counts, how))), len(items), how)
 
 
 def _classes_difference(
@@ -284,7 +284,7 @@ def _classes_difference(
     one, other = _indicators(cells, [(0, 1), (0, 2)])
 
     def difference(cell_counts: npt.NDArray[np.int64]) -> Floats:
-        return _MACRO[name](one.count(cell_counts)) - _MACRO[name](other.count(cell_counts))
+        return MACRO[name](one.count(cell_counts)) - MACRO[name](other.count(cell_counts))
 
     return _percentile(float(difference(counts)), difference(_redraw(counts, how)), len(model), how)
 

@@ -38,6 +38,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.cache_utils import Cache
 
 from samara.data.draws import Draws, Purpose
@@ -215,6 +216,44 @@ class LayerCosts:
             ),
         )
 
+    @classmethod
+    def measured(
+        cls, model: nn.Module, run_pass: Callable[[], int], *, peak_flops: float | None
+    ) -> LayerCosts:
+        """Those of any model, as torch counts them in two passes of all layers.
+
+        Where nothing below the layers is trained, as with adapters, the lowest layer that runs
+        makes no gradient for its input. The second pass asks for one, so that every layer is
+        counted as one of the others; what the lowest saves, which there is one of in every pass,
+        is taken off the rest. Exact where layers are equal.
+
+        Args:
+            model: As in :class:`LayerDropout`, before that is attached; not compiled.
+            run_pass: Runs a forward and a backward in training mode, and returns the tokens of it.
+                The gradients it leaves are for the caller to drop.
+            peak_flops: FLOP/s of the device; None: no MFU.
+        """
+        layers = find_layers(model).layers
+        names = {module: name for name, module in model.named_modules()}
+        with FlopCounterMode(display=False) as counter:
+            tokens = run_pass()
+        total = counter.get_total_flops()
+        hook = layers[0].register_forward_pre_hook(_ask_for_gradient, with_kwargs=True)
+        try:
+            with FlopCounterMode(display=False) as counter:
+                run_pass()
+        finally:
+            hook.remove()
+        by_layer = [_counted(counter, names[layer]) for layer in layers]
+
+        def costs(flops: int) -> Costs:
+            per_token = flops / tokens
+            return Costs(
+                flops_per_token=per_token, useful_flops_per_token=per_token, peak_flops=peak_flops
+            )
+
+        return cls(rest=costs(total - sum(by_layer)), layers=tuple(map(costs, by_layer)))
+
     def __call__(self, weights: Sequence[float]) -> Costs:
         """The costs of a pass by its gates, or of passes on average by probabilities to run."""
         pairs = list(zip(weights, self.layers, strict=True))
@@ -225,6 +264,20 @@ class LayerCosts:
             + sum(weight * layer.useful_flops_per_token for weight, layer in pairs),
             peak_flops=self.rest.peak_flops,
         )
+
+
+def _ask_for_gradient(_: nn.Module, args: Any, kwargs: Any) -> None:
+    """Let the hidden states that enter a layer have a gradient, whatever made them."""
+    hidden = _hidden(args, kwargs)
+    if not hidden.requires_grad:
+        hidden.requires_grad_()
+
+
+def _counted(counter: FlopCounterMode, name: str) -> int:
+    """FLOPs of a module, whose name the counter begins at the module that was called."""
+    end = "." + ".".join(name.split(".")[-2:])
+    found = {key: ops for key, ops in counter.get_flop_counts().items() if key.endswith(end)}
+    return sum(found[min(found, key=len)].values()) if found else 0
 
 
 # --- drawing ------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from samara.adapt.data import EncodedAnswer, _cut, read_task_rows
 from samara.adapt.finetune import finetune
 from samara.adapt.load import load_finetuned
 from samara.adapt.models import load_task_model
-from samara.adapt.tasks import Task, causal_objective
+from samara.adapt.tasks import AnswerLossByLogits, Task, causal_objective, task_labels
 from samara.config import validate
 from samara.errors import CheckpointError, ConfigError, DataError
 from samara.model.config import ModelConfig
@@ -390,7 +390,7 @@ def test_what_does_not_fit_is_said_in_a_line(
     alone = config.data.model_copy(update={"train": str(tmp_path / "one.jsonl")})
     fails(DataError, "holds one row 1 times", config.model_copy(update={"data": alone}))
     missing = config.data.model_copy(update={"train": str(rows / "none.jsonl")})
-    fails(DataError, "no such file", config.model_copy(update={"data": missing}))
+    fails(DataError, "(?i)no such file", config.model_copy(update={"data": missing}))
     labels = settings(llama, rows, "labels", SPARSE)
     one = labels.task.model_copy(update={"labels": ("positive",)})
     fails(ConfigError, r"task\.labels: .*two different", labels.model_copy(update={"task": one}))
@@ -425,9 +425,9 @@ def test_what_does_not_fit_is_said_in_a_line(
 
 def test_logits_that_are_scaled_are_not_taken_for_plain_products() -> None:
     plain = LlamaForCausalLM(LlamaConfig(**SIZES))
-    assert type(causal_objective(plain)).__name__ == "CausalLM"
+    assert type(causal_objective(plain)).__name__ == "AnswerLoss"
     plain.config.final_logit_softcapping = 30.0
-    assert type(causal_objective(plain)).__name__ == "CausalLMByLogits"
+    assert type(causal_objective(plain)).__name__ == "AnswerLossByLogits"
 
 
 def test_folds_score_every_row_by_a_model_that_did_not_see_it(
@@ -485,3 +485,30 @@ def test_only_the_answer_and_its_end_mark_are_targets(bases: dict[str, Path], ro
         "is",
     ]
     assert batch["input_ids"][0, last] == VOCABULARY["?"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "samara", "bert"])
+def test_losses_are_the_mean_over_targets_whatever_the_padding(
+    bases: dict[str, Path], rows: Path, kind: str
+) -> None:
+    name = "labels" if kind == "bert" else "perplexity"
+    config = settings(bases[kind], rows, name, SPARSE)
+    read = read_task_rows(config.data)
+    loaded = load_task_model(bases[kind], labels=task_labels(config, read), dtype=None, seed=0)
+    loaded.model.eval()
+    task = Task(config, read, loaded.model, loaded.tokenizer)
+    total, count = 0.0, 0
+    for row in range(len(task.validation)):
+        batch = task.validation.batch([row])
+        inputs = {key: tensor for key, tensor in batch.items() if key != "targets"}
+        logits = loaded.model(**inputs).logits.flatten(0, -2).detach()
+        targets = batch["targets"].flatten()
+        total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+        count += int((targets != -100).sum())
+    for batch_size in (1, 3):
+        found = task.validation_loss(loaded.model, batch_size=batch_size)
+        assert found == pytest.approx(total / count, rel=1e-5)
+    if name == "perplexity":
+        by_logits = AnswerLossByLogits()(loaded.model, task.validation.batch([0, 1]))
+        fused = task.objective(loaded.model, task.validation.batch([0, 1]))
+        torch.testing.assert_close(by_logits.nll, fused.nll, rtol=1e-5, atol=1e-5)

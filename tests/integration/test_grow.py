@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 
 from samara.config import dump_yaml, validate
 from samara.data.config import PrepareConfig
@@ -16,6 +17,7 @@ from samara.data.prepare import PreparedCorpus, prepare
 from samara.errors import CheckpointError, RaceError, Stopped
 from samara.growth.config import GrowConfig
 from samara.growth.grow import grow_verb
+from samara.measure.budget import budget
 from samara.model.loading import load_model
 from samara.runs import RunFolder, hash_file, read_json
 from samara.train import pretrain as pretrain_module
@@ -211,6 +213,36 @@ def test_k_0_chooses_by_the_loss_after_growth(settings, tmp_path):
     assert race["winner"] in race["contenders"]
     assert min(first, key=lambda label: first[label]) in race["contenders"]
     assert race["k"] == 0
+
+
+def test_layers_are_dropped_before_and_after_growth(settings, small_corpus, tmp_path):
+    """The source's second layer was never called: it has no moments, and grows all the same."""
+    recipe = training_settings(small_corpus)
+    dropout = {"layer_dropout": {"rate": 0.45, "max_rate": 0.9}, "max_steps": 1}
+    training = {**recipe["training"], **dropout, "micro_batch_size": 8}
+    folder = run_pretrain(
+        tmp_path / "source", {**recipe, "seed": 1, "model": MODEL, "training": training}
+    )
+    last = sorted((folder / "checkpoints").iterdir())[-1]
+    with safe_open(last / "optimizer.safetensors", framework="pt") as stored:
+        layers = {name.split(".")[2] for name in stored.keys() if ".layers." in name}  # noqa: SIM118
+    assert layers == {"0"}
+
+    training = {**recipe["training"], "layer_dropout": {"rate": 0.5}}
+    run = run_grow(
+        tmp_path / "grown",
+        {
+            **settings(STACK, ZERO, race={"kind": "fixed", "k": 2}, training=training),
+            "source": str(folder),
+        },
+    )
+    summary = read_json(run.path / "summary.json")
+    costs = budget(load_model(run.path / "model").config.to_design())
+    per_token = costs.flops_per_token(32).training
+    layer = costs.layers[0].flops_per_token(32).training
+
+    assert summary["flops"] == summary["tokens"] * (per_token - 2 * layer)
+    assert summary["layer_dropout"]["budget"] == 2
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, update: int) -> None:

@@ -13,12 +13,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from samara.errors import ConfigError
 from samara.model.config import ModelConfig
 from samara.model.configuration import SamaraConfig
 from samara.model.modeling import SamaraForCausalLM
-from samara.train.layer_dropout import LayerDropout
+from samara.train.layer_dropout import LayerCosts, LayerDropout
 from samara.train.layer_rates import LayerDropoutConfig
 from samara.train.layer_stack import find_layers
 
@@ -260,6 +262,33 @@ def test_a_layer_left_out_hands_its_input_on(family: str) -> None:
     shortened.config.num_hidden_layers = 2  # type: ignore[union-attr]
 
     assert torch.equal(loss, loss_of(shortened))
+
+
+@pytest.mark.parametrize(
+    ("family", "lora"),
+    [
+        *((name, False) for name in FAMILIES if name != "samara cola"),  # an operator of its own
+        *((name, True) for name in WITH_LORA if name != "samara layer-wise"),  # unequal layers
+    ],
+)
+def test_measured_costs_are_what_each_pass_computes(family: str, lora: bool) -> None:
+    model = make(family, lora=lora)
+
+    def run_pass() -> int:
+        loss_of(model).backward()
+        model.zero_grad(set_to_none=True)
+        return ROWS * LENGTH
+
+    with sdpa_kernel(SDPBackend.MATH):
+        costs = LayerCosts.measured(model, run_pass, peak_flops=1e9)
+        with LayerDropout(model, LayerDropoutConfig(rate=0.5), seed=0) as dropout:
+            for batch in range(8):
+                with dropout.hold(batch=batch) as gates, FlopCounterMode(display=False) as counter:
+                    run_pass()
+                expected = counter.get_total_flops() / (ROWS * LENGTH)
+                assert costs(gates).flops_per_token == pytest.approx(expected, rel=1e-12)
+    assert costs(gates).peak_flops == 1e9
+    assert not layers_of(model)[0]._forward_pre_hooks
 
 
 @EVERY_FAMILY

@@ -28,7 +28,14 @@ LAYERS: list[set[str]] = [
     {"adapt"},
     {"federated", "report"},
     {"recipe"},
-    {"lifecycle", "designs", "delta_commands", "model_commands", "registry_commands"},
+    {
+        "lifecycle",
+        "designs",
+        "audit_command",
+        "delta_commands",
+        "model_commands",
+        "registry_commands",
+    },
     {"cli"},
     {"__main__"},
 ]

@@ -1,0 +1,69 @@
+"""Runs of a benchmark side by side, each in a process that has a GPU and a thread of its own."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from typing import Any
+
+
+def add_pool_options(parser: argparse.ArgumentParser) -> None:
+    """How many runs at once, where, and for how long."""
+    parser.add_argument(
+        "--workers", type=int, default=1, help="runs side by side; 0: in this process"
+    )
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs they share; 0: the CPU")
+    parser.add_argument("--minutes", type=float, default=600.0, help="stop after so long")
+
+
+class InThisProcess(Executor):
+    """Does what is submitted at once."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """See :class:`concurrent.futures.Executor`."""
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+@contextlib.contextmanager
+def open_pool(options: argparse.Namespace) -> Iterator[Executor]:
+    """Workers as the options of :func:`add_pool_options` say."""
+    if options.workers == 0:
+        yield InThisProcess()
+        return
+    context = multiprocessing.get_context("spawn")
+    devices = context.Queue()
+    for worker in range(options.workers):
+        devices.put(worker % max(1, options.gpus))
+    with ProcessPoolExecutor(
+        options.workers,
+        mp_context=context,
+        initializer=_enter,
+        initargs=(devices, options.gpus),
+    ) as pool:
+        yield pool
+
+
+def _enter(devices: Any, gpus: int) -> None:
+    """Give a worker its GPU and one thread, before anything imports torch."""
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(devices.get())
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def stop_pool(pool: Executor) -> None:
+    """Time is up: what runs can be gone on with from its checkpoint."""
+    processes = (
+        list((pool._processes or {}).values()) if isinstance(pool, ProcessPoolExecutor) else []
+    )
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in processes:
+        process.kill()
