@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from samara.adapt.tasks import predict
+from samara.adapt.tasks import mean_loss, predict
 from samara.data.draws import Draws, Purpose
 from samara.data.loader import training_batches
 from samara.errors import NonFiniteLossError
@@ -31,7 +31,6 @@ from samara.federated.server import Scores
 from samara.federated.sharing import SharingState, update_importance, update_personal
 from samara.federated.store import to_numpy, to_torch
 from samara.federated.task_data import ChosenRows, FederatedData
-from samara.measure.loss import evaluate_loss
 from samara.train.checkpoint import TrainingState
 from samara.train.layer_dropout import LayerDropout
 from samara.train.layer_stack import find_layers
@@ -281,9 +280,7 @@ class Trainer:
             targets_r = torch.tensor(rows.targets)
             right = (logits_rn.argmax(dim=1) == targets_r).double().mean()
             return Scores(loss=float(cross_entropy(logits_rn, targets_r)), accuracy=float(right))
-        loss = evaluate_loss(
-            self.model, rows, batch_size=size, device=self.model.device, precision=precision
-        ).loss
+        loss = mean_loss(self.model, self.objective, rows, batch_size=size, precision=precision)
         return Scores(loss=loss)
 
     def score_values(self, tensors: Mapping[str, Tensor], rows: ChosenRows) -> Scores:
