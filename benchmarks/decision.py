@@ -13,7 +13,8 @@ first seed bias, stability and the time that switching to the version takes.
 The queue goes on where it stopped: a run whose figures are in the file and whose items are in
 ``--out`` is not run again, an interrupted one goes on from its checkpoint. The sums at the end are
 made anew each time, so that other ``--prices`` cost no training. ``benchmarks/results.py`` makes
-the tables.
+the tables. Runs side by side on one GPU slow each other down: for times that can be quoted, no more
+workers than GPUs.
 """
 
 from __future__ import annotations
@@ -154,7 +155,9 @@ def lora_weights(base: Path, rank: int) -> int:
     config = AutoConfig.from_pretrained(model_folder(base), local_files_only=True)
     with torch.device("meta"):
         model = AutoModel.from_config(config)
-    modules = [use.module for use in linear_weights(model).values()]
+    # A trunk's own pooler belongs to the head: tasks train it whole.
+    weights = {name: use for name, use in linear_weights(model).items() if "pooler" not in name}
+    modules = [use.module for use in weights.values()]
     kinds = (torch.nn.Linear, Conv1D)
     return rank * sum(sum(m.weight.shape) for m in modules if isinstance(m, kinds))
 

@@ -315,12 +315,21 @@ TECHNIQUES: tuple[Technique, ...] = (
     ),
     Technique(
         name="Stochastic layer dropout (STLD)",
-        does="leaves whole layers out of a training pass; a budget of active layers bounds the peak",
+        does="leaves layers out of a training pass; a budget of active layers bounds the peak",
         paper="DropPEFT (shapes, budget and scaling are ours)",
         arxiv="2503.10217",
         module="samara.train.layer_dropout",
         recipe="recipes/layer-dropout.yaml",
         test="tests/properties/test_layer_dropout.py",
+    ),
+    Technique(
+        name="Bias, stability and forgetting audits",
+        does="compares a model before and after a change, with paired intervals and a verdict",
+        paper="CrowS-Pairs",
+        arxiv="2010.00133",
+        module="samara.adapt.audits.bias",
+        recipe="recipes/finetune.yaml",
+        test="tests/unit/adapt/test_audits.py",
     ),
     Technique(
         name="Document bootstrap",

@@ -10,6 +10,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from samara.adapt.audits.forgetting import read_texts
 from samara.runs import read_json
 from samara.sparse.delta_exchange import delta_between
 
@@ -84,6 +85,11 @@ def test_the_evidence_opens_the_gates_of_a_registry(work, samara):
     done = samara(*promote, "audit.json")
     assert done.returncode == 0, done.stderr
     assert "stable is version 1" in done.stdout
+
+
+def test_a_prepared_corpus_gives_its_validation_text(small_corpus):
+    texts = read_texts(corpus=small_corpus.folder, files=())
+    assert texts == [document.text for document in small_corpus.documents("validation")]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,7 +85,6 @@ class Audited:
 
 @dataclass(frozen=True, kw_only=True)
 class _Measured:
-    kind: Kind
     gaps: Gaps | None
     stability: Stability | None
     losses: LossResult | None
@@ -108,11 +107,11 @@ def audit(base: Path, change: Change, plan: Plan) -> Audited:
     _check(change, plan)
     loaded, kind = open_model(base)
     _to_device(loaded, plan)
-    if not (change.deltas or change.tuned):
+    if change.tuned is not None:
+        return _audit_tuned(base, loaded, kind, change.tuned, plan)
+    if not change.deltas:
         return _judge(None, _measure(loaded, kind, plan), plan, is_reverted=None)
     before = _measure(loaded, kind, plan)
-    if change.tuned is not None:
-        return _judge(*_against_tuned(base, loaded, before, change.tuned, plan), is_reverted=None)
     subject = Subject(loaded, kind, precision="stored", batch_size=plan.config.batch_size)
     bare = probe_logits(subject, plan.templates)
     with _applied(loaded, change.deltas):
@@ -157,43 +156,35 @@ def _applied(loaded: TaskModel, paths: Sequence[Path]) -> Iterator[None]:
             stack.revert(delta)
 
 
-def _against_tuned(
-    base: Path, loaded: TaskModel, before: _Measured, tuned: Path, plan: Plan
-) -> tuple[_Measured | None, _Measured, Plan]:
-    """Measure a changed model; the head of a task is new, so that its base has none to compare."""
-    losses = None
+def _audit_tuned(base: Path, loaded: TaskModel, kind: Kind, tuned: Path, plan: Plan) -> Audited:
+    """Audit a changed model; the head of a task is new, so that its base has none to compare."""
     if (tuned / RESULTS).exists():
         labels = read_json(tuned / RESULTS)["labels"]
-        changed, kind = load_finetuned(tuned, base=base), "labels" if labels else before.kind
-        if kind != before.kind and plan.texts and (tuned / DELTA).exists():
-            with _applied(loaded, [tuned / DELTA]):  # the trunk's change, under the old head
-                losses = _measure(loaded, before.kind, _only(plan, "forgetting")).losses
+        changed, changed_kind = load_finetuned(tuned, base=base), "labels" if labels else kind
     else:
-        changed, kind = open_model(tuned)
+        changed, changed_kind = open_model(tuned)
     _to_device(changed, plan)
-    if kind == before.kind:
-        return before, _measure(changed, kind, plan), plan
-    if "forgetting" in plan.suites and losses is None:
+    if changed_kind == kind:
+        before = _measure(loaded, kind, plan)
+        return _judge(before, _measure(changed, kind, plan), plan, is_reverted=None)
+    others = tuple(suite for suite in plan.suites if suite != "forgetting")
+    after = _measure(changed, changed_kind, _with_suites(plan, others))
+    if "forgetting" not in plan.suites:
+        return _judge(None, after, plan, is_reverted=None)
+    if not (tuned / DELTA).exists():
         raise ConfigError(
             f"forgetting: {tuned} is another kind of model than {base}, and holds no delta that "
             "could be tried under the base's own head; leave the suite out"
         )
-    found = _measure(changed, kind, _without(plan, "forgetting"))
-    after = _Measured(kind=kind, gaps=found.gaps, stability=found.stability, losses=losses)
-    only_losses = _Measured(kind=before.kind, gaps=None, stability=None, losses=before.losses)
-    return only_losses, after, plan
-
-
-def _only(plan: Plan, suite: Suite) -> Plan:
-    return _with_suites(plan, (suite,))
-
-
-def _without(plan: Plan, suite: Suite) -> Plan:
-    return _with_suites(plan, tuple(own for own in plan.suites if own != suite))
+    text = _with_suites(plan, ("forgetting",))
+    before = _measure(loaded, kind, text)
+    with _applied(loaded, [tuned / DELTA]):  # the trunk's change, under the old head
+        losses = _measure(loaded, kind, text).losses
+    return _judge(before, replace(after, losses=losses), plan, is_reverted=None)
 
 
 def _with_suites(plan: Plan, suites: tuple[Suite, ...]) -> Plan:
-    return Plan(**{**vars(plan), "suites": suites})
+    return replace(plan, suites=suites)
 
 
 def _measure(loaded: TaskModel, kind: Kind, plan: Plan) -> _Measured:
@@ -206,7 +197,7 @@ def _measure(loaded: TaskModel, kind: Kind, plan: Plan) -> _Measured:
         stability = measure_stability(subject, plan.templates, plan.config.stability)
     if "forgetting" in plan.suites:
         losses = measure_loss(subject, plan.texts, plan.config.forgetting, batch_size=size)
-    return _Measured(kind=kind, gaps=gaps, stability=stability, losses=losses)
+    return _Measured(gaps=gaps, stability=stability, losses=losses)
 
 
 def _judge(

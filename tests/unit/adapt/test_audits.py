@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from samara.adapt.audits.audit import Change, Plan, audit
 from samara.adapt.audits.bias import Gaps, bias_audits, measure_gaps
 from samara.adapt.audits.config import AuditConfig
-from samara.adapt.audits.forgetting import TextRows, forgetting_audit, measure_loss
+from samara.adapt.audits.forgetting import TextRows, forgetting_audit, measure_loss, read_texts
 from samara.adapt.audits.stability import (
     Stability,
     extreme_inputs,
@@ -24,7 +26,7 @@ from samara.adapt.audits.subject import Subject, open_model
 from samara.adapt.audits.templates import TemplateSet, load_templates
 from samara.adapt.audits.verdicts import within
 from samara.config import validate
-from samara.errors import ConfigError, DataError, WrongBase
+from samara.errors import CheckpointError, ConfigError, DataError, WrongBase
 from samara.measure.compare import Interval
 from samara.measure.loss import LossResult
 from samara.runs import read_json, write_json
@@ -329,6 +331,36 @@ def test_changes_and_suites_that_do_not_fit(pair, templates, tmp_path):
     delta_between(biased, base).save(tmp_path / "other.sdelta")
     with pytest.raises(WrongBase):
         audit(base, Change(deltas=(tmp_path / "other.sdelta",)), plan(templates, "bias"))
+
+
+def test_a_folder_that_lacks_weights_is_no_model(pair, tmp_path, kind):
+    if kind != "masked":
+        pytest.skip("the others are loaded by what finetune uses, and tested there")
+    folder = tmp_path / "cut"
+    shutil.copytree(pair[0], folder)
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("bert.encoder.layer.1.output.dense.bias")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensor\(s\) .* such as bert.encoder"):
+        open_model(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="cannot be loaded by transformers"):
+        open_model(folder)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without")
+def test_a_device_that_is_not_there_is_refused(pair, templates):
+    wanted = replace(plan(templates, "bias"), device="cuda")
+    with pytest.raises(ConfigError, match="'cuda' was asked for, this machine has none"):
+        audit(pair[0], Change(), wanted)
+
+
+def test_text_is_read_from_files_or_there_is_none(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert read_texts(corpus=None, files=[tmp_path / "a.jsonl"]) == ["one", "two"]
+    (tmp_path / "none.jsonl").write_text("")
+    with pytest.raises(DataError, match="no text in there"):
+        read_texts(corpus=None, files=[tmp_path / "none.jsonl"])
 
 
 def test_a_model_as_it_is_can_be_audited(pair, templates):
