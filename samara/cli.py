@@ -130,6 +130,17 @@ def finetune(
 
 
 @app.command()
+def federate(
+    recipe: RecipeArgument, overrides: Overrides = None, out: Out = None, dry_run: DryRun = False
+) -> None:
+    """Fine-tune over many clients whose data stays where it is; resumes by itself.
+
+    Example: samara federate recipes/federate.yaml method=fedlora --out runs/fedlora
+    """
+    _work(recipe, overrides, out, verb="federate", dry_run=dry_run)
+
+
+@app.command()
 def release(
     recipe: RecipeArgument, overrides: Overrides = None, out: Out = None, dry_run: DryRun = False
 ) -> None:

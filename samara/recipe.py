@@ -32,6 +32,7 @@ from samara.adapt.config import FinetuneConfig
 from samara.config import Config, apply_overrides, load_yaml, merge, validate
 from samara.data.config import PrepareConfig
 from samara.errors import ConfigError, did_you_mean
+from samara.federated.config import FederateConfig
 from samara.growth.config import GrowConfig
 from samara.measure.config import EvaluateConfig
 from samara.release.config import ReleaseConfig
@@ -63,6 +64,7 @@ VERBS: dict[str, Verb] = {
     "grow": Verb(config=GrowConfig, function="samara.growth.grow:grow_verb"),
     "instruct": Verb(config=InstructConfig, function="samara.train.instruct:instruct"),
     "finetune": Verb(config=FinetuneConfig, function="samara.adapt.finetune:finetune"),
+    "federate": Verb(config=FederateConfig, function="samara.federated.federate:federate"),
     "release": Verb(config=ReleaseConfig, function="samara.release.release:release"),
     "evaluate": Verb(config=EvaluateConfig, function="samara.measure.evaluate:evaluate"),
     "report": Verb(config=ReportConfig, function="samara.report.report:report"),
@@ -82,6 +84,8 @@ class StageConfig(Config):
     """Model and conversations in; a model that answers out."""
     finetune: FinetuneConfig | None = None
     """Model and task in; a delta, an adapter or a model out."""
+    federate: FederateConfig | None = None
+    """Model and clients' data in; an adapter out, and the clients' own layers."""
     release: ReleaseConfig | None = None
     """Runs in; versions in a registry out, promoted through gates."""
     evaluate: EvaluateConfig | None = None

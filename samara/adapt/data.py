@@ -14,11 +14,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from samara.adapt.config import FinetuneConfig, LabelsConfig
+from samara.adapt.config import FinetuneData, LabelsConfig
 from samara.data.rows import Batch, Rows
 from samara.data.tokens import IGNORE_INDEX
 from samara.errors import ConfigError, DataError, did_you_mean
@@ -44,7 +45,17 @@ class TaskRows:
     hash: str
 
 
-def read_task_rows(config: FinetuneConfig) -> TaskRows:
+class TaskAndData(Protocol):
+    """Settings that name a task and its training rows."""
+
+    @property
+    def task(self) -> TaskConfig: ...
+
+    @property
+    def data(self) -> FinetuneData: ...
+
+
+def read_task_rows(config: TaskAndData) -> TaskRows:
     """Read and split.
 
     Raises:
@@ -73,7 +84,7 @@ def read_task_rows(config: FinetuneConfig) -> TaskRows:
     return TaskRows(train=tuple(train), validation=tuple(validation), hash=hash_json(origin))
 
 
-def read_training_rows(config: FinetuneConfig) -> list[Row]:
+def read_training_rows(config: TaskAndData) -> list[Row]:
     """The rows to train on before any are held out, in the order of the file.
 
     Raises:

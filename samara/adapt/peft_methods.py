@@ -10,6 +10,7 @@ Papers: LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353; rsLoRA, arXiv 2312.03732
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -90,9 +91,17 @@ class PeftAdaptation:
     def export(self, run: RunFolder, records: Provenance) -> list[str]:
         """Write ``adapter``, a folder of peft."""
         del records
-        with new_folder(run.path / ADAPTER) as staging, disk_errors():
-            self._peft.save_pretrained(staging, save_embedding_layers=False)
+        self.save(run.path / ADAPTER)
         return [ADAPTER]
+
+    def save(self, folder: Path) -> None:
+        """Write a folder of peft, complete or absent.
+
+        Raises:
+            ResourceError: If the disk is full.
+        """
+        with new_folder(folder) as staging, disk_errors():
+            self._peft.save_pretrained(staging, save_embedding_layers=False)
 
 
 def _targets(model: PreTrainedModel, method: LoraMethod | ShiraMethod) -> list[str]:

@@ -137,17 +137,13 @@ class Task:
 
     def validation_loss(self, model: PreTrainedModel, *, batch_size: int) -> float:
         """Mean loss over the targets of the validation rows."""
-        was_training = model.training
-        model.train(False)
-        total, num_targets = torch.zeros((), dtype=torch.float64, device=model.device), 0
-        with torch.no_grad():
-            for batch in evaluation_batches(self.validation, batch_size=batch_size):
-                on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
-                with autocast(model.device, self._config.training.precision):
-                    total += self.objective(model, on_device).nll
-                num_targets += count_targets([batch])
-        model.train(was_training)
-        return float(total) / num_targets
+        return mean_loss(
+            model,
+            self.objective,
+            self.validation,
+            batch_size=batch_size,
+            precision=self._config.training.precision,
+        )
 
     def score(self, model: PreTrainedModel) -> list[Item]:
         """Every scored row with what the model said."""
@@ -214,6 +210,28 @@ def causal_objective(model: PreTrainedModel) -> Objective:
     if is_plain and all(scale in (None, 1.0) for scale in scales):
         return AnswerLoss()
     return AnswerLossByLogits()
+
+
+@torch.no_grad()
+def mean_loss(
+    model: PreTrainedModel,
+    objective: Objective,
+    rows: Rows,
+    *,
+    batch_size: int,
+    precision: Precision,
+) -> float:
+    """Negative log-likelihood per target over all rows."""
+    was_training = model.training
+    model.train(False)
+    total, num_targets = torch.zeros((), dtype=torch.float64, device=model.device), 0
+    for batch in evaluation_batches(rows, batch_size=batch_size):
+        on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        with autocast(model.device, precision):
+            total += objective(model, on_device).nll
+        num_targets += count_targets([batch])
+    model.train(was_training)
+    return float(total) / num_targets
 
 
 @torch.no_grad()

@@ -11,11 +11,13 @@ the same for all releases, and nothing of the kind for its distributions.
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from samara.data.tokens import IntArray
+if TYPE_CHECKING:  # tokens imports torch, which drawing numbers does not need
+    from samara.data.tokens import IntArray
 
 
 class Purpose(IntEnum):
@@ -25,6 +27,12 @@ class Purpose(IntEnum):
     UL2_ORDER = 2
     UL2_SPANS = 3
     LAYER_GATES = 4
+    CLIENT_SAMPLE = 10
+    CLIENT_TRACE = 11
+    CLIENT_PARTITION = 12
+    CLIENT_SPLIT = 13
+    ARM_CHOICE = 14
+    CLIENT_TRAINING = 15
 
 
 class Draws:

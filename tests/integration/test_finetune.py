@@ -507,7 +507,7 @@ def test_losses_are_the_mean_over_targets_whatever_the_padding(
 ) -> None:
     name = "labels" if kind == "bert" else "perplexity"
     config = settings(bases[kind], rows, name, SPARSE)
-    read = read_task_rows(config.data)
+    read = read_task_rows(config)
     loaded = load_task_model(bases[kind], labels=task_labels(config, read), dtype=None, seed=0)
     loaded.model.eval()
     task = Task(config, read, loaded.model, loaded.tokenizer)

@@ -352,7 +352,7 @@ def queue(growth, benchmark, tmp_path, monkeypatch) -> Any:
             yield pool
 
     monkeypatch.setattr(growth, "carry_out", carry_out)
-    monkeypatch.setattr(growth, "_pool", threads)
+    monkeypatch.setattr(growth, "open_pool", threads)
     options = argparse.Namespace(minutes=1.0, corpus=tmp_path, out=tmp_path)
 
     def work() -> tuple[bool, list[str]]:

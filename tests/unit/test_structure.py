@@ -26,7 +26,7 @@ LAYERS: list[set[str]] = [
     {"train"},
     {"growth", "sparse"},
     {"adapt"},
-    {"report", "release"},
+    {"federated", "release", "report"},
     {"recipe"},
     {
         "lifecycle",

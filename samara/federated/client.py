@@ -1,0 +1,311 @@
+"""The client's side of a round: take the global values, train on its own rows, send what is shared.
+
+One model in memory plays every client: what a client is lies in its rows, in what it keeps
+(:class:`~samara.federated.messages.ClientState`) and in random numbers that depend on seed, client
+and round alone. The loop is that of all training (:mod:`samara.train.loop`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from samara.adapt.tasks import mean_loss, predict
+from samara.data.draws import Draws, Purpose
+from samara.data.loader import training_batches
+from samara.errors import NonFiniteLossError
+from samara.federated.aggregation import HEAD, Layout, Tensor
+from samara.federated.config import FederateConfig
+from samara.federated.importance import ImportanceMeter
+from samara.federated.messages import ClientState, Instruction, Reply, hash_of, is_sound
+from samara.federated.server import Scores
+from samara.federated.sharing import SharingState, update_importance, update_personal
+from samara.federated.store import to_numpy, to_torch
+from samara.federated.task_data import ChosenRows, FederatedData
+from samara.train.checkpoint import TrainingState
+from samara.train.layer_dropout import LayerDropout
+from samara.train.layer_stack import find_layers
+from samara.train.loop import Costs, Hooks, train
+from samara.train.objective import Objective
+from samara.train.optim import Optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassFlops:
+    """FLOPs per token of a pass with k active layers: fixed + k · per layer."""
+
+    fixed: float = 0.0
+    per_layer: float = 0.0
+
+
+class Trainer:
+    """Plays the clients.
+
+    Attributes:
+        layout: What is trained.
+        num_layers: Layers of the model.
+    """
+
+    def __init__(
+        self,
+        config: FederateConfig,
+        model: PreTrainedModel,
+        *,
+        data: FederatedData,
+        objective: Objective,
+        flops: PassFlops = PassFlops(),
+    ) -> None:
+        """Take a model over.
+
+        Args:
+            config: The recipe.
+            model: On its device; what asks for gradients is what is trained.
+            data: Of all clients.
+            objective: The loss of the task.
+            flops: Of a pass, for the record.
+        """
+        self.config, self.model, self.data = config, model, data
+        self.objective, self.flops = objective, flops
+        self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.layout = make_layout(model, self._trained)
+        self.num_layers = self.layout.num_layers
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The trained values as they are in the model."""
+        return to_numpy(self._trained)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put trained values into the model."""
+        with torch.no_grad():
+            for name, value in to_torch(tensors).items():
+                self._trained[name].copy_(value)
+
+    def local_values(self, tensors: Mapping[str, Tensor], state: ClientState) -> dict[str, Tensor]:
+        """The values that a client works with: the global ones, and its own where it keeps any."""
+        return {**tensors, **state.personal}
+
+    # --- training ---------------------------------------------------------------------------------
+
+    def train(
+        self, instruction: Instruction, tensors: Mapping[str, Tensor], state: ClientState
+    ) -> tuple[Reply, ClientState]:
+        """One client's part in a round.
+
+        Args:
+            instruction: Of the server.
+            tensors: The global values.
+            state: What the client keeps.
+
+        Returns:
+            The reply, and what the client keeps from now on. A training that failed is a reply too,
+            without tensors, and changes nothing.
+        """
+        started = time.process_time()
+        rows = self.data.client(instruction.client)
+        self.load(self.local_values(tensors, state))
+        before = self.score(rows.validation)
+        meter = ImportanceMeter(self.config.sharing.importance, self._groups())
+        active: list[int] = []
+        progress = TrainingState()
+        try:
+            self._run_loop(instruction, rows.train, meter, active, progress)
+        except NonFiniteLossError as error:
+            return self._failed(instruction, "not_finite", str(error), active), state
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            return self._failed(instruction, "out_of_memory", str(error), active), state
+        trained = self.tensors()
+        if not is_sound(trained):
+            return self._failed(instruction, "not_finite", "a weight is not finite", active), state
+        after = self.score(rows.validation)
+        if not math.isfinite(after.loss - before.loss):
+            message = f"validation loss {before.loss:g} before and {after.loss:g} after"
+            return self._failed(instruction, "not_finite", message, active), state
+        sharing = self._share(instruction, state.sharing, meter)
+        kept = {n: v for n, v in trained.items() if self._is_kept(self.layout.groups[n], sharing)}
+        reply = Reply(
+            round=instruction.round,
+            client=instruction.client,
+            num_examples=len(rows.train),
+            tensors=self._to_send(instruction, trained, sharing, meter),
+            active_layers=tuple(active),
+            loss_before=before.loss,
+            loss_after=after.loss,
+            accuracy_before=before.accuracy,
+            accuracy_after=after.accuracy,
+            sharing=sharing,
+            personal_hash=hash_of(kept) if kept else None,
+            tokens=progress.tokens,
+            flops=progress.flops,
+            cpu_seconds=time.process_time() - started,
+        )
+        return reply, ClientState(sharing=sharing, personal=kept)
+
+    def _run_loop(
+        self,
+        instruction: Instruction,
+        rows: ChosenRows,
+        meter: ImportanceMeter,
+        active: list[int],
+        progress: TrainingState,
+    ) -> None:
+        local = self.config.local
+        client, round = instruction.client, instruction.round
+        torch.manual_seed(_seed(self.config.seed, client, round + 1))
+        for parameter in self._trained.values():
+            parameter.grad = None  # of a client that ran out of memory in the middle of a pass
+        batches = training_batches(
+            rows,
+            batch_size=local.batch_size,
+            micro_batch_size=local.batch_size,
+            seed=_seed(self.config.seed, client, 0),
+            start_step=round * local.steps,
+            num_steps=local.steps,
+        )
+        with ExitStack() as stack:
+            gates = self._gates(instruction, stack)
+
+            @contextmanager
+            def around(step: int, number: int) -> Iterator[Costs]:
+                assert number == 0, "a step is one pass"
+                with gates(step) as runs:
+                    count = sum(runs)
+                    flops = self.flops.fixed + count * self.flops.per_layer
+                    yield Costs(flops_per_token=flops, useful_flops_per_token=flops)
+                active.append(count)
+                meter.add(runs)
+
+            meter.start()
+            train(
+                self.model,
+                objective=self.objective,
+                optimizer=Optimizer(self.model, local.optimizer),
+                learning_rate=lambda _: local.optimizer.lr,
+                batches=batches,
+                state=progress,
+                num_steps=local.steps,
+                precision=local.precision,
+                clip_grad_norm=local.clip_grad_norm,
+                hooks=Hooks(around_pass=around, log_every=None),
+            )
+            meter.finish()
+
+    def _gates(
+        self, instruction: Instruction, stack: ExitStack
+    ) -> Callable[[int], AbstractContextManager[tuple[bool, ...]]]:
+        """What holds the gates of a step; at rate 0 nothing is attached and all layers run."""
+        if instruction.rate == 0:
+            return lambda _: _nothing_dropped(self.num_layers)
+        settings = self.config.layer_dropout.model_copy(
+            update={"rate": instruction.rate, "shape": instruction.shape}
+        )
+        dropout = stack.enter_context(
+            LayerDropout(self.model, settings, seed=self.config.seed, node=instruction.client)
+        )
+        return lambda step: dropout.hold(batch=step, round=instruction.round)
+
+    def _groups(self) -> list[dict[str, nn.Parameter]]:
+        """Per layer its trained parameters."""
+        return [
+            {name: self._trained[name] for name in self.layout.names(layer)}
+            for layer in range(self.num_layers)
+        ]
+
+    # --- what is kept and what is sent ------------------------------------------------------------
+
+    def _share(
+        self, instruction: Instruction, before: SharingState, meter: ImportanceMeter
+    ) -> SharingState:
+        """The client's choice of layers; without layer sharing it keeps none."""
+        settings = self.config.sharing
+        if self.config.method != "droppeft":
+            return SharingState()
+        importance = update_importance(
+            meter.sums, meter.active_batches, before=before.importance, memory=settings.memory
+        )
+        return update_personal(
+            before, importance, population=instruction.population, config=settings
+        )
+
+    def _is_kept(self, group: str, sharing: SharingState) -> bool:
+        if group == HEAD:
+            return self.config.method == "droppeft" and self.config.sharing.head == "personal"
+        return int(group) in sharing.personal
+
+    def _to_send(
+        self,
+        instruction: Instruction,
+        trained: Mapping[str, Tensor],
+        sharing: SharingState,
+        meter: ImportanceMeter,
+    ) -> dict[str, Tensor]:
+        """What is not kept, and what the server insists on; of it what had a chance to change."""
+        chosen: dict[str, Tensor] = {}
+        for name, value in trained.items():
+            group = self.layout.groups[name]
+            wanted = not self._is_kept(group, sharing)
+            if group != HEAD:
+                wanted |= int(group) in instruction.must_share
+                wanted &= meter.active_batches[int(group)] > 0
+            if wanted:
+                chosen[name] = value
+        return chosen
+
+    def _failed(
+        self, instruction: Instruction, verdict: Any, message: str, active: list[int]
+    ) -> Reply:
+        return Reply(
+            round=instruction.round,
+            client=instruction.client,
+            verdict=verdict,
+            message=message.partition("\n")[0],
+            active_layers=tuple(active),
+        )
+
+    # --- scores -----------------------------------------------------------------------------------
+
+    def score(self, rows: ChosenRows) -> Scores:
+        """Loss and accuracy of the values that are in the model; all layers run."""
+        size, precision = self.config.server.evaluation_batch_size, self.config.local.precision
+        if self.config.task.kind == "labels":
+            logits_rn = predict(self.model, rows, batch_size=size, precision=precision)
+            targets_r = torch.tensor(rows.targets)
+            right = (logits_rn.argmax(dim=1) == targets_r).double().mean()
+            return Scores(loss=float(cross_entropy(logits_rn, targets_r)), accuracy=float(right))
+        loss = mean_loss(self.model, self.objective, rows, batch_size=size, precision=precision)
+        return Scores(loss=loss)
+
+    def score_values(self, tensors: Mapping[str, Tensor], rows: ChosenRows) -> Scores:
+        """Put values into the model and score them."""
+        self.load(tensors)
+        return self.score(rows)
+
+
+@contextmanager
+def _nothing_dropped(num_layers: int) -> Iterator[tuple[bool, ...]]:
+    yield (True,) * num_layers
+
+
+def make_layout(model: PreTrainedModel, trained: Mapping[str, nn.Parameter]) -> Layout:
+    """Which trained tensor belongs to which layer."""
+    layers = find_layers(model).layers
+    owner = {id(p): str(n) for n, layer in enumerate(layers) for p in layer.parameters()}
+    return Layout(
+        shapes={name: tuple(parameter.shape) for name, parameter in trained.items()},
+        groups={name: owner.get(id(parameter), HEAD) for name, parameter in trained.items()},
+        num_layers=len(layers),
+    )
+
+
+def _seed(seed: int, client: int, number: int) -> int:
+    """A seed of a client's own for its order of rows (number 0) and each round's dropout."""
+    draws = Draws(seed=seed, purpose=Purpose.CLIENT_TRAINING, draw=number, row=client)
+    return int(draws.integers(1, below=2**53)[0])

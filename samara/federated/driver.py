@@ -1,0 +1,134 @@
+"""Drivers: who carries the messages between server and clients, round after round.
+
+A driver takes what :class:`~samara.federated.server.Server` plans, has it carried out, hands the
+replies back, and saves after every round. Both sides depend on nothing but their arguments, so a
+run that was killed at any moment goes on to the same result, bit for bit, whoever drives it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from samara.errors import CheckpointError, Stopped
+from samara.federated.aggregation import Tensor
+from samara.federated.client import Trainer
+from samara.federated.devices import fails
+from samara.federated.messages import Instruction, Reply
+from samara.federated.server import Scores, Server
+from samara.federated.store import Store
+from samara.progress import ProgressLine
+from samara.runs import RunFolder
+from samara.train.stop import StopSignal
+
+
+class Driver(ABC):
+    """Runs the rounds of one run.
+
+    Attributes:
+        trainer: Of this process: scores the server's rows, and may play clients.
+    """
+
+    def __init__(self, server: Server, trainer: Trainer, store: Store, run: RunFolder) -> None:
+        self.server, self.trainer, self.store, self.run_folder = server, trainer, store, run
+
+    @abstractmethod
+    def ask(self, instructions: Sequence[Instruction]) -> list[Reply]:
+        """Have clients trained; replies in any order, none for a client that is lost.
+
+        What a client keeps is in the store when it has replied well.
+        """
+
+    def resume(self) -> None:
+        """Go back to the newest checkpoint, or to the start, and cut the log to it."""
+        saved = self.store.latest()
+        if saved is not None:
+            self.server.restore(saved.plain, saved.tensors, saved.best_tensors)
+            self.run_folder.truncate_metrics(self.server.state.round)
+            return
+        self.run_folder.truncate_metrics(-1)
+        self.run_folder.append_metrics(self.server.start(self.evaluate))
+
+    def run(self) -> None:
+        """Run the rounds that are left.
+
+        Raises:
+            Stopped: If a signal was caught; the round in hand is finished and saved.
+            ResourceError: If the disk is full.
+        """
+        with StopSignal() as stop:
+            self.run_rounds(stop)
+            if stop.number is not None and not self.is_done:
+                raise Stopped(
+                    f"stopped after round {self.server.state.round}; saved; run the same command "
+                    "to go on",
+                    signal_number=stop.number,
+                )
+
+    @property
+    def is_done(self) -> bool:
+        return self.server.state.round >= self.server.config.server.rounds
+
+    def run_rounds(self, stop: StopSignal) -> None:
+        """Run rounds until all are done or a signal was caught."""
+        label = f"federate {self.run_folder.path.name}"
+        total = self.server.config.server.rounds
+        with ProgressLine(label, total=total, unit="rounds") as line:
+            while not self.is_done and stop.number is None:
+                record = self.run_round()
+                accuracy = record["validation_accuracy"]
+                shown = {} if accuracy is None else {"accuracy": f"{accuracy:.3f}"}
+                loss = f"{record['validation_loss']:.3f}"
+                line.update(self.server.state.round, loss=loss, **shown)
+
+    def run_round(self) -> dict[str, Any]:
+        """One round: plan, have each client trained, finish, save."""
+        server = self.server
+        plan = server.plan()
+        reached = [
+            own
+            for own in plan.instructions
+            if not fails(
+                server.devices[own.client],
+                seed=server.config.seed,
+                client=own.client,
+                round=own.round,
+            )
+        ]
+        record = server.finish(plan, self.ask(reached), self.evaluate)
+        self.run_folder.append_metrics(record)
+        known = server.state
+        self.store.save(server.plain_state(), known.tensors, known.best_tensors)
+        return record
+
+    def evaluate(self, tensors: Mapping[str, Tensor]) -> Scores:
+        """Score global values on the server's validation rows."""
+        return self.trainer.score_values(tensors, self.trainer.data.validation)
+
+
+class InProcessDriver(Driver):
+    """Server and clients in one process, one client after another."""
+
+    def ask(self, instructions: Sequence[Instruction]) -> list[Reply]:
+        """See :class:`Driver`."""
+        replies = []
+        for instruction in instructions:
+            client = instruction.client
+            try:
+                kept = self.store.load_client(client)
+            except CheckpointError as error:
+                replies.append(lost(instruction, error))
+                continue
+            reply, state = self.trainer.train(instruction, self.server.state.tensors, kept)
+            replies.append(reply)
+            if reply.verdict == "ok":
+                self.store.save_client(client, state, round=instruction.round)
+        return replies
+
+
+def lost(instruction: Instruction, error: Exception | str) -> Reply:
+    """The reply in place of one that a client could not give."""
+    return Reply(
+        round=instruction.round, client=instruction.client, verdict="error", message=str(error)
+    )

@@ -1,0 +1,247 @@
+"""Everything a federated run is made of: model, data, devices, both sides, and its results."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from samara.adapt.config import LabelsConfig, LoraMethod
+from samara.adapt.data import TaskRows, find_labels, read_task_rows, with_labels
+from samara.adapt.models import TaskModel, load_task_model
+from samara.adapt.peft_methods import ADAPTER, PeftAdaptation
+from samara.adapt.tasks import LabelLoss, causal_objective
+from samara.data.rows import Batch
+from samara.errors import ConfigError
+from samara.federated.calibration import calibrate, measure_flops
+from samara.federated.client import Trainer
+from samara.federated.config import FederateConfig, GivenClock
+from samara.federated.configurator import make_arms
+from samara.federated.devices import CostModel, assign_devices
+from samara.federated.results import client_scores, results
+from samara.federated.server import Server
+from samara.federated.store import Store, to_torch
+from samara.federated.task_data import FederatedData
+from samara.measure.task_rows import read_task
+from samara.model.disk_errors import disk_errors
+from samara.model.modeling import SamaraPreTrainedModel, set_activation_checkpointing
+from samara.progress import say
+from samara.runs import (
+    Compute,
+    Lineage,
+    RunFolder,
+    hash_file,
+    hash_weights,
+    read_json,
+    write_bytes,
+    write_json,
+)
+from samara.train.layer_dropout import LayerDropout
+from samara.train.layer_rates import LayerDropoutConfig
+from samara.train.layer_stack import find_layers
+from samara.train.objective import Objective
+from samara.train.parallel import choose_place
+
+CLOCK, SHARING, RESULTS, HEAD_FILE = (
+    "clock.json",
+    "sharing.json",
+    "results.json",
+    "head.safetensors",
+)
+FIT_WANTED = 0.99
+"""R² of the fitted time below which the user is told."""
+
+
+class Job:
+    """Everything a run is made of, whoever drives it."""
+
+    def __init__(self, config: FederateConfig, run: RunFolder) -> None:
+        self.config, self.run = config, run
+        rows = read_task_rows(config)
+        test = read_task(Path(config.task.data).expanduser(), config.task)
+        labels = None
+        if isinstance(config.task, LabelsConfig):
+            task = config.task
+            labels = find_labels(task, [*rows.train, *rows.validation])
+            rows = replace(
+                rows,
+                train=tuple(with_labels(rows.train, task, labels)),
+                validation=tuple(with_labels(rows.validation, task, labels)),
+            )
+            test = with_labels(test, task, labels)
+        loaded = load_task_model(
+            config.init_from, labels=labels, dtype=torch.float32, seed=config.seed
+        )
+        device: Any = choose_place(config.local.device).device
+        loaded.model.to(device)
+        data = FederatedData(
+            config, rows, test, labels=labels, model=loaded.model, tokenizer=loaded.tokenizer
+        )
+        objective: Objective = LabelLoss() if labels else causal_objective(loaded.model)
+        self.adaptation = _adapt(config, loaded)
+        self.trainer = Trainer(config, loaded.model, data=data, objective=objective)
+        self.parents = self._parents(rows, loaded)
+        batch = self._first_batch()
+        self.trainer.flops = measure_flops(self.trainer, batch, drops=self._drops)
+        costs = self._costs(batch)
+        self.server = Server(
+            config,
+            layout=self.trainer.layout,
+            devices=assign_devices(
+                config.clients.devices, num_clients=data.num_clients, seed=config.seed
+            ),
+            costs=costs,
+            arm_layers=self._arm_layers(),
+            tensors=self.trainer.tensors(),
+        )
+        self.store = Store(run.path, identity={"method": config.method, **self.parents})
+
+    @property
+    def _drops(self) -> bool:
+        return self.config.method in ("droppeft", "static_stld")
+
+    def _parents(self, rows: TaskRows, loaded: TaskModel) -> dict[str, str]:
+        return {
+            "init_from": hash_weights(loaded.folder),
+            "data": rows.hash,
+            "test": hash_file(Path(self.config.task.data).expanduser()),
+        }
+
+    def _first_batch(self) -> Batch:
+        rows = self.trainer.data.client(0).train
+        size = self.config.local.batch_size
+        numbers = [number % len(rows) for number in range(size)]
+        return {name: t.to(self.trainer.model.device) for name, t in rows.batch(numbers).items()}
+
+    def _costs(self, batch: Batch) -> CostModel:
+        """What a batch costs: given, or measured once and kept for when the run goes on."""
+        path, clock = self.run.path / CLOCK, self.config.clock
+        if isinstance(clock, GivenClock):
+            costs = CostModel(
+                seconds_fixed=clock.seconds_fixed,
+                seconds_per_layer=clock.seconds_per_layer,
+                bytes_fixed=clock.bytes_fixed,
+                bytes_per_layer=clock.bytes_per_layer,
+                r_squared=None,
+                basis="modelled",
+                source=clock.source,
+            )
+        elif path.exists():
+            return CostModel.from_dict(read_json(path))
+        else:
+            costs = calibrate(self.trainer, batch, drops=self._drops, repetitions=clock.repetitions)
+            if costs.r_squared is not None and costs.r_squared < FIT_WANTED:
+                say(
+                    f"clock: the time of a batch is not quite linear in its layers here (R² "
+                    f"{costs.r_squared:.3f}); raise clock.repetitions, or free the machine"
+                )
+        write_json(path, costs.to_dict())
+        return costs
+
+    def _arm_layers(self) -> list[int]:
+        """The most layers that a batch runs, per arm; of another method, one number.
+
+        Raises:
+            ConfigError: If a rate does not fit the number of layers.
+        """
+        config, num_layers = self.config, self.trainer.num_layers
+        if config.method == "static_stld":
+            return [self._most_layers(config.layer_dropout)]
+        if config.method != "droppeft":
+            return [num_layers]
+        found = []
+        for arm in make_arms(config.configurator):
+            if arm.rate == 0:
+                found.append(num_layers)
+                continue
+            update = {"rate": arm.rate, "shape": arm.shape}
+            try:
+                found.append(self._most_layers(config.layer_dropout.model_copy(update=update)))
+            except ConfigError as error:
+                raise ConfigError(f"configurator.rates: arm {arm.name}: {error}") from error
+        return found
+
+    def _most_layers(self, settings: LayerDropoutConfig) -> int:
+        """The most layers that a batch runs; attached for once, so that what does not fit shows."""
+        with LayerDropout(self.trainer.model, settings, seed=self.config.seed) as dropout:
+            return dropout.rates.budget or self.trainer.num_layers
+
+    # --- the end ----------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Score, export, and write what it cost."""
+        server, trainer = self.server, self.trainer
+        state = server.state
+        scored = client_scores(trainer, self.store, state.tensors)
+        last = trainer.score_values(state.tensors, trainer.data.test)
+        best = trainer.score_values(state.best_tensors, trainer.data.test)
+        with disk_errors():  # the best values are in the model now
+            if self.adaptation is None:
+                write_bytes(self.run.path / HEAD_FILE, save(to_torch(trainer.tensors())))
+            else:
+                self.adaptation.save(self.run.path / ADAPTER)
+        write_json(
+            self.run.path / SHARING, {**state.audit.to_dict(), "holders": state.audit.holders()}
+        )
+        totals = state.totals
+        spent = Compute(
+            tokens=int(totals["tokens"]),
+            flops=totals["flops"],
+            seconds=state.measured_cpu_seconds,
+            joules=totals["modelled_joules"],
+        )
+        self.run.write_lineage(Lineage(parents=self.parents, spent=spent))
+        write_json(
+            self.run.path / RESULTS,
+            results(server, trainer, best=best, last=last, clients=scored, parents=self.parents),
+        )
+
+
+def _adapt(config: FederateConfig, loaded: TaskModel) -> PeftAdaptation | None:
+    """Say what is trained: the requires_grad of the model's parameters; None: no adapters.
+
+    Raises:
+        ConfigError: If the method does not fit the model.
+    """
+    if config.method == "head_only":
+        head = set(loaded.new_tensors)
+        for name, parameter in loaded.model.named_parameters():
+            parameter.requires_grad_(name in head)
+        if not head:
+            raise ConfigError("method: head_only needs a new head, and the model has its own")
+        return None
+    lora = config.lora
+    torch.manual_seed(config.seed)
+    adaptation = PeftAdaptation(
+        loaded,
+        LoraMethod(
+            kind="lora",
+            rank=lora.rank,
+            alpha=lora.alpha,
+            dropout=lora.dropout,
+            targets=lora.targets,
+        ),
+        seed=config.seed,
+    )
+    if config.method == "frozen_depth":
+        _freeze_lower(config, loaded)
+    if config.method == "fedlora_checkpointing":
+        if isinstance(loaded.model, SamaraPreTrainedModel):
+            set_activation_checkpointing(loaded.model, "layer")
+        else:
+            loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
+    return adaptation
+
+
+def _freeze_lower(config: FederateConfig, loaded: TaskModel) -> None:
+    layers = find_layers(loaded.model).layers
+    trained = config.trained_layers or -(-len(layers) // 2)
+    if trained > len(layers):
+        raise ConfigError(
+            f"trained_layers: {trained} wanted, the model has {len(layers)} layers; lower it"
+        )
+    for layer in layers[: len(layers) - trained]:
+        layer.requires_grad_(False)
