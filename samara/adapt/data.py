@@ -3,7 +3,7 @@
 Prompted tasks train on the answer alone, with the tokens and the boundary that scoring uses
 (:class:`samara.measure.language_model.LanguageModel`), then the end mark where the model writes the
 answer itself. Tasks with a head train on labels. Rows are padded on the right to the longest of
-their batch.
+their batch, and a little more: batches then have few lengths (:data:`LENGTH_STEP`).
 
 Shapes: b rows, t positions.
 """
@@ -28,6 +28,10 @@ from samara.measure.task_examples import ChoiceExample, ExampleMaker, TextExampl
 from samara.measure.task_rows import Row, as_text, fill, read_task
 from samara.measure.tasks_config import TaskConfig
 from samara.runs import hash_file, hash_json
+
+LENGTH_STEP = 32
+"""Padded rows are a multiple of this long. For each shape of a bfloat16 product oneDNN keeps code
+of its own on CPU (half a megabyte), and a compiler compiles: with any length that is hundreds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,9 +188,10 @@ class AnswerRows(Rows):
         return sum(row.is_cut for row in self._rows)
 
     def batch(self, rows: Sequence[int]) -> Batch:
-        """See :class:`~samara.data.rows.Rows`; t is that of the longest row."""
+        """See :class:`~samara.data.rows.Rows`; t is that of the longest row, padded."""
         chosen = [self._rows[int(row) % len(self)] for row in rows]
-        length = max(len(row.prompt) + len(row.answer) for row in chosen) - 1
+        longest = max(len(row.prompt) + len(row.answer) for row in chosen) - 1
+        length = _padded(longest, self.sequence_length)
         input_ids = torch.full((len(chosen), length), self._pad)
         targets = torch.full((len(chosen), length), IGNORE_INDEX)
         for place, row in enumerate(chosen):
@@ -195,6 +200,11 @@ class AnswerRows(Rows):
             start = len(row.prompt) - 1
             targets[place, start : len(tokens) - 1] = tokens[1 + start :]
         return {"input_ids": input_ids, "targets": targets}
+
+
+def _padded(longest: int, limit: int) -> int:
+    """The length of a batch: the next multiple, but no more than a row may have."""
+    return min(limit, -(-longest // LENGTH_STEP) * LENGTH_STEP)
 
 
 def _prompt_and_answer(maker: ExampleMaker, row: Row) -> tuple[str, str, bool]:
@@ -271,9 +281,10 @@ class LabelRows(Rows):
         return sum(self.is_cut)
 
     def batch(self, rows: Sequence[int]) -> Batch:
-        """See :class:`~samara.data.rows.Rows`; t is that of the longest row."""
+        """See :class:`~samara.data.rows.Rows`; t is that of the longest row, padded."""
         places = [int(row) % len(self) for row in rows]
-        length = max(len(self._tokens[place]) for place in places)
+        longest = max(len(self._tokens[place]) for place in places)
+        length = _padded(longest, self.sequence_length)
         input_ids = torch.full((len(places), length), self.pad_token_id)
         mask = torch.zeros_like(input_ids)
         for number, place in enumerate(places):
