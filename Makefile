@@ -10,12 +10,13 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=1
 # Idle threads sleep instead of spinning, so that other work on the machine does not stall training.
 RUN_ENV := OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 
-.PHONY: demo test test-export test-postgres lint types format venv venv-dev clean help
+.PHONY: demo test test-export test-flower test-postgres lint types format venv venv-dev clean help
 
 help:
 	@echo "make demo    set up, then pretrain, grow, adapt, release and report small models"
 	@echo "make test    set up, then run the test suite     make test-export  the peers' runtimes"
 	@echo "make test-postgres  the registry on a PostgreSQL of its own, where one is installed"
+	@echo "make test-flower  federations on Flower, races on Ray"
 	@echo "make lint    ruff        make types   mypy        make format  ruff format"
 	@echo "make venv    set up only              make clean   remove .venv and caches"
 
@@ -33,6 +34,13 @@ LLAMA_CPP := -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_
 test-export: venv-dev
 	CMAKE_ARGS="$(LLAMA_CPP)" $(PIP_INSTALL) -e '.[export]'
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/export $(ARGS)
+
+# What runs on Flower and Ray: half a gigabyte that the rest does not need.
+test-flower: venv-dev
+	$(PIP_INSTALL) -e '.[federated,parallel]'
+	$(TEST_ENV) FLWR_TELEMETRY_ENABLED=0 RAY_USAGE_STATS_ENABLED=0 $(BIN)/python -m pytest \
+		tests/integration/federated/test_flower.py tests/unit/growth/test_executor.py \
+		tests/integration/test_grow.py::test_ray_gives_the_same_run $(ARGS)
 
 test-postgres: venv-dev
 	$(PIP_INSTALL) -e '.[registry,postgres]'
