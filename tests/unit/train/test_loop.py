@@ -412,18 +412,22 @@ def test_the_second_signal_ends_at_once(make_model: MakeModel, make_batches: Mak
         signal.raise_signal(signal.SIGINT)
         return CausalLM()(model, batch)
 
-    previous = signal.getsignal(signal.SIGINT)
-    with StopSignal() as stop, pytest.raises(KeyboardInterrupt):
-        run(
-            make_model(),
-            make_batches(1),
-            objective=objective,
-            hooks=Hooks(save=lambda state: saved.append(state.step)),
-            stop=stop,
-        )
+    # A shell's background job ignores Ctrl-C, and Python then leaves it so.
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with StopSignal() as stop, pytest.raises(KeyboardInterrupt):
+            run(
+                make_model(),
+                make_batches(1),
+                objective=objective,
+                hooks=Hooks(save=lambda state: saved.append(state.step)),
+                stop=stop,
+            )
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, found)
 
     assert saved == []
-    assert signal.getsignal(signal.SIGINT) is previous
 
 
 def test_signals_are_left_alone_outside_the_main_thread() -> None:
