@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ from samara.report.run_files import (
     timed,
     without_paths,
 )
-from samara.runs import RunFolder, read_json
+from samara.runs import Compute, RunFolder, read_json
 
 
 class Summary(Record):
@@ -190,8 +190,13 @@ class Arm:
     """Against the report's baseline, where the evaluation has it."""
     races: tuple[RaceStage, ...] = ()
     """Of a growth: how its operators were chosen."""
-    total_flops: float = 0.0
-    """Spent on the run, its trials and its ancestors; 0 until it has finished."""
+    total: Compute = field(default_factory=Compute)
+    """Spent on the run, its trials and its ancestors; zeros until it has finished."""
+
+    @property
+    def total_flops(self) -> float:
+        """Training FLOPs of the run, its trials and its ancestors."""
+        return self.total.flops
 
     @functools.cached_property
     def budget(self) -> Budget | None:
@@ -314,7 +319,7 @@ def _read_arm(
             None,
         ),
         races=_read_races(run.path / "race.json"),
-        total_flops=run.lineage().total.flops,
+        total=run.lineage().total,
     )
 
 

@@ -79,6 +79,13 @@ def training_loss_at_end(arm: Arm) -> float | None:
     return arm.summary.validation_loss if arm.summary and arm.score is None else None
 
 
+def _whole(arm: Arm, own: float | None) -> float | None:
+    """An estimate that goes with the time, for ancestors and trials too."""
+    if own is None or arm.summary is None or not arm.total.seconds:
+        return own
+    return own * arm.total.seconds / arm.summary.seconds
+
+
 PARAMETERS = Measure(
     group="Size",
     title="Parameters",
@@ -107,7 +114,7 @@ SECONDS = Measure(
     group="On this machine",
     title="Training time",
     kind="measured",
-    value=lambda arm: arm.summary.seconds if arm.summary else None,
+    value=lambda arm: (arm.total.seconds or arm.summary.seconds) if arm.summary else None,
     text=lambda value, _: humanize.seconds(value),
     better="less",
 )
@@ -146,7 +153,7 @@ TABLE: tuple[Measure, ...] = (
         group="Work",
         title="Tokens read",
         kind="counted",
-        value=lambda arm: arm.summary.tokens if arm.summary else None,
+        value=lambda arm: (arm.total.tokens or arm.summary.tokens) if arm.summary else None,
         text=lambda value, _: humanize.count(value),
         better=None,
     ),
@@ -154,7 +161,7 @@ TABLE: tuple[Measure, ...] = (
         group="Work",
         title="Training FLOPs",
         kind="counted",
-        value=lambda arm: arm.summary.flops if arm.summary else None,
+        value=lambda arm: (arm.total.flops or arm.summary.flops) if arm.summary else None,
         text=lambda value, _: humanize.flops(value),
         better="less",
     ),
@@ -209,7 +216,7 @@ TABLE: tuple[Measure, ...] = (
         group="Estimates",
         title="Energy",
         kind="estimated",
-        value=lambda arm: arm.summary.energy_kwh if arm.summary else None,
+        value=lambda arm: _whole(arm, arm.summary.energy_kwh) if arm.summary else None,
         text=lambda value, _: humanize.energy(value),
         better="less",
     ),
@@ -217,7 +224,7 @@ TABLE: tuple[Measure, ...] = (
         group="Estimates",
         title="Cost",
         kind="estimated",
-        value=lambda arm: arm.summary.cost if arm.summary else None,
+        value=lambda arm: _whole(arm, arm.summary.cost) if arm.summary else None,
         text=lambda value, arm: humanize.money(value, arm.summary.currency if arm.summary else ""),
         better="less",
     ),

@@ -27,10 +27,17 @@ def arms(inputs: Inputs) -> Section | None:
             element("i", "estimated"),
             " is measured time multiplied by assumptions about the device.",
         ),
+        _on_grown(inputs),
     )
     shown = inputs.finished
     body = _table(shown) if shown else missing("No arm has finished yet.")
     return Section(id="arms", title="The arms", aside=aside, body=body)
+
+
+def _on_grown(inputs: Inputs) -> Html | None:
+    if not any(arm.races for arm in inputs.finished):
+        return None
+    return paragraph("What a grown arm took is with its source and with every trial of its race.")
 
 
 def _table(shown: tuple[Arm, ...]) -> Html:

@@ -30,7 +30,7 @@ def _done(inputs: Inputs) -> str:
     if not arms:
         return "No training run has finished yet."
     models = "One language model was" if len(arms) == 1 else f"{_word(arms)} language models were"
-    budgets = {arm.summary.tokens for arm in arms if arm.summary}
+    budgets = {arm.total.tokens or arm.summary.tokens for arm in arms if arm.summary}
     if len(budgets) == 1:
         same = "the same " if len(arms) > 1 else ""
         tokens = f"{same}{humanize.count(budgets.pop())} tokens"
