@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import (
@@ -14,11 +13,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from samara.errors import CheckpointError, ConfigError
+from samara.errors import ConfigError
 from samara.measure.language_model_folder import (
     load_causal_model,
+    load_strictly,
     load_tokenizer,
     quiet_transformers,
+    refuse_missing,
 )
 from samara.runs import model_folder
 
@@ -85,31 +86,19 @@ def _with_head(
     seed: int,
 ) -> TaskModel:
     torch.manual_seed(seed)
-    try:
-        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-            folder,
-            num_labels=len(labels),
-            id2label=dict(enumerate(labels)),
-            label2id={label: place for place, label in enumerate(labels)},
-            dtype=dtype or "auto",
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        first = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"{folder}: cannot be loaded by transformers: {first}") from error
-    model, report = loaded
+    model, report = load_strictly(
+        AutoModelForSequenceClassification,
+        folder,
+        dtype=dtype,
+        num_labels=len(labels),
+        id2label=dict(enumerate(labels)),
+        label2id={label: place for place, label in enumerate(labels)},
+        ignore_mismatched_sizes=True,
+    )
     replaced = {entry[0] for entry in report["mismatched_keys"]}
     new = {*report["missing_keys"], *replaced}
     trunk = {f"{model.base_model_prefix}.{name}" for name, _ in model.base_model.named_parameters()}
-    lacking = sorted(name for name in new & trunk if ".pooler." not in name)
-    if lacking:
-        raise CheckpointError(
-            f"{folder}: lacks {len(lacking)} tensor(s) for its config.json, such as {lacking[0]}"
-        )
+    refuse_missing(folder, (name for name in new & trunk if ".pooler." not in name))
     marks = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     model.config.pad_token_id = next((mark for mark in marks if mark is not None), 0)
     names = tuple(name for name, _ in model.named_parameters() if name in new)

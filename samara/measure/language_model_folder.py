@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -163,25 +163,55 @@ def load_causal_model(folder: Path, *, dtype: torch.dtype | None) -> Any:
     fields = _read_config(folder)
     if fields["model_type"] == SamaraConfig.model_type:
         return load_model(folder, dtype=dtype)
+    model, report = load_strictly(AutoModelForCausalLM, folder, dtype=dtype)
+    refuse_missing(folder, report["missing_keys"])
+    return model
+
+
+def load_strictly(
+    auto_class: Any, folder: Path, *, dtype: torch.dtype | None, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Let transformers load a local model: safetensors alone, and no code of its own.
+
+    Args:
+        auto_class: Of transformers; says which head.
+        folder: Of the model.
+        dtype: None: as it is stored.
+        options: More for ``from_pretrained``.
+
+    Returns:
+        The model, and transformers' report on the keys.
+
+    Raises:
+        CheckpointError: If it cannot be loaded.
+    """
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: tuple[Any, dict[str, Any]] = auto_class.from_pretrained(
             folder,
             dtype=dtype or "auto",
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **options,
         )
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"{folder}: cannot be loaded by transformers: {first}") from error
-    model, report = loaded
-    lacking = sorted(report["missing_keys"])
+    return loaded
+
+
+def refuse_missing(folder: Path, names: Iterable[str]) -> None:
+    """Refuse weights that are not whole.
+
+    Raises:
+        CheckpointError: If any tensor is missing.
+    """
+    lacking = sorted(names)
     if lacking:
         raise CheckpointError(
             f"{folder}: lacks {len(lacking)} tensor(s) for its config.json, such as {lacking[0]}"
         )
-    return model
 
 
 def _check_folder(folder: Path) -> None:

@@ -15,9 +15,15 @@ from torch import Tensor
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 
 from samara.adapt.models import TaskModel, load_task_model
-from samara.errors import CheckpointError, ConfigError
+from samara.errors import ConfigError
 from samara.measure.language_model import LanguageModel, context_length
-from samara.measure.language_model_folder import load_tokenizer, quiet_transformers, saved_head
+from samara.measure.language_model_folder import (
+    load_strictly,
+    load_tokenizer,
+    quiet_transformers,
+    refuse_missing,
+    saved_head,
+)
 from samara.model.heads import CAUSAL, CLASSIFICATION
 from samara.runs import model_folder, read_json
 
@@ -68,24 +74,8 @@ def model_kind(folder: Path) -> Kind:
 
 def _masked(folder: Path) -> PreTrainedModel:
     with quiet_transformers():
-        try:
-            loaded: Any = AutoModelForMaskedLM.from_pretrained(
-                folder,
-                dtype="auto",
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            first = str(error).strip().partition("\n")[0]
-            raise CheckpointError(f"{folder}: cannot be loaded by transformers: {first}") from error
-    model, report = loaded
-    if report["missing_keys"]:
-        lacking = sorted(report["missing_keys"])
-        raise CheckpointError(
-            f"{folder}: lacks {len(lacking)} tensor(s) for its config.json, such as {lacking[0]}"
-        )
+        model, report = load_strictly(AutoModelForMaskedLM, folder, dtype=None)
+    refuse_missing(folder, report["missing_keys"])
     return model  # type: ignore[no-any-return]
 
 
