@@ -22,16 +22,15 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from decision_cases import ARMS, SCALES, Case, Setting, carry_out
 from decision_sums import SUMS, sums
-from pool import add_pool_options, open_pool, stop_pool
+from pool import add_pool_options, collect, open_pool
 from record import Record, add_json_option
 
 from samara.adapt.config import FinetuneConfig
@@ -108,10 +107,8 @@ def is_done(setting: Setting, case: Case, known: set[str]) -> bool:
 
 def work_off(setting: Setting, options: argparse.Namespace, record: Record) -> bool:
     """Do what has not been done; whether all of it was."""
-    deadline = time.monotonic() + 60 * options.minutes
     seen: set[str] = set()
     running: dict[Future[dict[str, Any]], Case] = {}
-    failed = False
     with open_pool(options) as pool:
 
         def submit(cases: Sequence[Case]) -> None:
@@ -121,27 +118,16 @@ def work_off(setting: Setting, options: argparse.Namespace, record: Record) -> b
                     seen.add(case.name)
                     running[pool.submit(carry_out, setting, case)] = case
 
-        submit(first_cases(setting))
-        submit(cases_behind(setting, record.rows))
-        while running:
-            left = deadline - time.monotonic()
-            done, _ = wait(running, timeout=max(0.0, left), return_when=FIRST_COMPLETED)
-            if not done:
-                stop_pool(pool)
-                return False
-            for future in done:
-                case, error = running.pop(future), future.exception()
-                if error is not None:
-                    failed = True
-                    print(f"{case.name:60} failed: {error}", flush=True)
-                    continue
-                row = future.result()
-                record.rows[:] = [own for own in record.rows if own["name"] != case.name]
-                record.add(row)
-                print(f"{case.name:60} {row['wall']:6.0f} s", flush=True)
+        def done(case: Case, row: dict[str, Any]) -> None:
+            record.rows[:] = [own for own in record.rows if own["name"] != case.name]
+            record.add(row)
+            print(f"{case.name:60} {row['wall']:6.0f} s", flush=True)
             submit(cases_behind(setting, record.rows))
             drop_losers(setting, record.rows)
-    return not failed
+
+        submit(first_cases(setting))
+        submit(cases_behind(setting, record.rows))
+        return collect(pool, running, minutes=options.minutes, done=done)
 
 
 def lora_weights(base: Path, rank: int) -> int:

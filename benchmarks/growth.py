@@ -25,12 +25,12 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pool import add_pool_options, open_pool, stop_pool
+from pool import add_pool_options, collect, open_pool
 from record import Record, add_json_option
 
 from samara.config import validate
@@ -362,12 +362,10 @@ def middle(scale: Scale) -> float:
 
 def work_off(scale: Scale, options: argparse.Namespace, record: Record) -> bool:
     """Run what has not been run; whether all of it was."""
-    deadline = time.monotonic() + 60 * options.minutes
     corpus, out = options.corpus.resolve(), options.out.resolve()
     known = {row["name"] for row in record.rows}
     seen: set[str] = set()
     running: dict[Future[dict[str, Any]], Task] = {}
-    failed = False
     with open_pool(options) as pool:
 
         def submit(tasks: Sequence[Task]) -> None:
@@ -379,29 +377,16 @@ def work_off(scale: Scale, options: argparse.Namespace, record: Record) -> bool:
                     else:
                         submit(tasks_behind(task))
 
+        def done(task: Task, row: dict[str, Any]) -> None:
+            if task.name not in known:
+                record.add(row)
+                print(f"{task.name:50} loss {row['loss']:.4f}  {row['wall']:5.0f} s", flush=True)
+            submit(tasks_behind(task))
+            submit(tasks_at_best_rate(scale, record.rows))
+
         submit(first_tasks(scale))
         submit(tasks_at_best_rate(scale, record.rows))
-        while running:
-            left = deadline - time.monotonic()
-            done, _ = wait(running, timeout=max(0.0, left), return_when=FIRST_COMPLETED)
-            if not done:
-                stop_pool(pool)
-                return False
-            for future in done:
-                task, error = running.pop(future), future.exception()
-                if error is not None:
-                    failed = True
-                    print(f"{task.name:50} failed: {error}", flush=True)
-                    continue
-                row = future.result()
-                if task.name not in known:
-                    record.add(row)
-                    print(
-                        f"{task.name:50} loss {row['loss']:.4f}  {row['wall']:5.0f} s", flush=True
-                    )
-                submit(tasks_behind(task))
-                submit(tasks_at_best_rate(scale, record.rows))
-    return not failed
+        return collect(pool, running, minutes=options.minutes, done=done)
 
 
 def main(arguments: Sequence[str]) -> None:

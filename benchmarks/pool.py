@@ -6,8 +6,15 @@ import argparse
 import contextlib
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    wait,
+)
 from typing import Any
 
 
@@ -57,6 +64,42 @@ def _enter(devices: Any, gpus: int) -> None:
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(devices.get())
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def collect(
+    pool: Executor,
+    running: dict[Future[dict[str, Any]], Any],
+    *,
+    minutes: float,
+    done: Callable[[Any, dict[str, Any]], None],
+) -> bool:
+    """Wait for runs, those that finished ones let begin included.
+
+    Args:
+        pool: Where they run.
+        running: What each future works on, with a ``name``; emptied.
+        minutes: After so long what still runs is stopped.
+        done: Called with a run and its figures; may submit more into ``running``.
+
+    Returns:
+        Whether all of them ended well and in time.
+    """
+    deadline = time.monotonic() + 60 * minutes
+    all_well = True
+    while running:
+        left = deadline - time.monotonic()
+        ended, _ = wait(running, timeout=max(0.0, left), return_when=FIRST_COMPLETED)
+        if not ended:
+            stop_pool(pool)
+            return False
+        for future in ended:
+            work, error = running.pop(future), future.exception()
+            if error is None:
+                done(work, future.result())
+            else:
+                all_well = False
+                print(f"{work.name:60} failed: {error}", flush=True)
+    return all_well
 
 
 def stop_pool(pool: Executor) -> None:
