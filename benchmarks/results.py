@@ -17,6 +17,7 @@ from pathlib import Path
 import decision_page
 import growth_page
 import growth_plot
+import sparse_page
 from markdown_parts import (
     Data,
     blocks,
@@ -261,6 +262,11 @@ def decision(files: Sequence[Data]) -> str:
     return decision_page.section(files)
 
 
+def sparse(files: Sequence[Data]) -> str:
+    """Sparse training's speed and memory beside full fine-tuning, LoRA and SHiRA."""
+    return sparse_page.core(files)
+
+
 SECTIONS: dict[str, Callable[[Sequence[Data]], str]] = {
     "flops": flops,
     "memory": memory,
@@ -268,6 +274,7 @@ SECTIONS: dict[str, Callable[[Sequence[Data]], str]] = {
     "inference": inference,
     "growth": growth,
     "evaluation": evaluation,
+    "sparse": sparse,
     "decision": decision,
 }
 """What a file's name begins with -> the section made of such files, in the order of the page."""
