@@ -410,9 +410,9 @@ def _pass(trained: Trained, batch: dict[str, Any]) -> Any:
 
 def _flops(trained: Trained, batch: dict[str, Any]) -> int:
     """Of the products of one forward and backward pass, nothing recomputed."""
-    from torch.utils.flop_counter import FlopCounterMode
+    from samara.measure.flop_counter import flop_counter
 
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         _pass(trained, batch).backward()
     trained.updater.zero_grad()
     return int(counter.get_total_flops())

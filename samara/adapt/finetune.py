@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from samara.adapt.config import FinetuneConfig, FullMethod, SparseMethod
@@ -37,6 +36,7 @@ from samara.data.rows import Batch
 from samara.errors import ConfigError, ResourceError
 from samara.measure.config import DeviceProfile
 from samara.measure.devices import device_profile, estimated_cost
+from samara.measure.flop_counter import flop_counter
 from samara.measure.task_metrics import Item
 from samara.model.modeling import SamaraPreTrainedModel, set_activation_checkpointing
 from samara.progress import ProgressLine
@@ -276,7 +276,7 @@ class Job:
         devices = [self.place.device] if self.place.device.type == "cuda" else []
         with (
             torch.random.fork_rng(devices=devices),
-            FlopCounterMode(display=False) as counter,
+            flop_counter() as counter,
             uncompiled(self.model),
             autocast(self.place.device, self.config.training.precision),
         ):
