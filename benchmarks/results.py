@@ -267,6 +267,11 @@ def sparse(files: Sequence[Data]) -> str:
     return sparse_page.core(files)
 
 
+def sparse_scores(files: Sequence[Data]) -> str:
+    """Scores that choose weights, at an equal number of weights."""
+    return sparse_page.scores(files)
+
+
 SECTIONS: dict[str, Callable[[Sequence[Data]], str]] = {
     "flops": flops,
     "memory": memory,
@@ -275,6 +280,7 @@ SECTIONS: dict[str, Callable[[Sequence[Data]], str]] = {
     "growth": growth,
     "evaluation": evaluation,
     "sparse": sparse,
+    "sparse_scores": sparse_scores,
     "decision": decision,
 }
 """What a file's name begins with -> the section made of such files, in the order of the page."""

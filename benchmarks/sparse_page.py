@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from markdown_parts import Data, blocks, error, megabytes, table
+from markdown_parts import Data, blocks, error, interval, megabytes, table
 
 HEADER = (
     "method",
@@ -75,3 +75,43 @@ def _line(row: Data, full: Data | None, lora: Data | None) -> list[str]:
         "–" if predicted is None else error(predicted, row["peak_bytes"]),
         f"{row['moments_bytes'] / 1e6:,.1f}",
     ]
+
+
+def scores(files: Sequence[Data]) -> str:
+    """Presets of the score family at an equal number of weights."""
+    return (
+        "## Sparse training: which score\n\n"
+        "Every score with the same budget, targets, rows and sweep of learning rates; the best\n"
+        "rate by held-out loss at the first seed, then all seeds. *Against random*: accuracy,\n"
+        "paired by row, with a 95 % interval over rows and seeds.\n\n" + blocks(files, _scores)
+    )
+
+
+def _scores(data: Data) -> str:
+    lines = [
+        [
+            f"{row['density']:.2%}, {row['score']}",
+            f"{row['trained']:,}",
+            f"{row['lr']:g}{' (edge)' if row['is_at_edge'] else ''}",
+            f"{sum(row['validation_losses']) / len(row['validation_losses']):.4f}",
+            f"{min(row['validation_losses']):.4f}–{max(row['validation_losses']):.4f}",
+            interval(row["accuracy"], 3),
+            "–" if row["against_random"] is None else interval(row["against_random"], 3),
+            f"{row['selection_seconds']:.1f}",
+        ]
+        for row in data["rows"]
+        if row["kind"] == "summary"
+    ]
+    seeds, steps = len(data["settings"]["seeds"]), data["settings"]["finetune"]["training"]
+    caption = f"{steps['max_steps']} steps of {steps['batch_size']} rows, {seeds} seeds."
+    header = (
+        "score",
+        "trained",
+        "rate",
+        "held-out loss",
+        "over seeds",
+        "accuracy",
+        "against random",
+        "selection, s",
+    )
+    return f"{caption}\n\n{table(header, lines)}"
