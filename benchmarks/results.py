@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import decision_page
+import federated_page
 import growth_page
 import growth_plot
 from markdown_parts import (
@@ -261,6 +262,11 @@ def decision(files: Sequence[Data]) -> str:
     return decision_page.section(files)
 
 
+def federated(files: Sequence[Data]) -> str:
+    """Fine-tuning over clients: cost to a target, scores and memory per method."""
+    return federated_page.section(files)
+
+
 SECTIONS: dict[str, Callable[[Sequence[Data]], str]] = {
     "flops": flops,
     "memory": memory,
@@ -269,6 +275,7 @@ SECTIONS: dict[str, Callable[[Sequence[Data]], str]] = {
     "growth": growth,
     "evaluation": evaluation,
     "decision": decision,
+    "federated": federated,
 }
 """What a file's name begins with -> the section made of such files, in the order of the page."""
 
