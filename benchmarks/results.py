@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import decision_page
+import federated_page
 import growth_page
 import growth_plot
 import sparse_page
@@ -272,6 +273,11 @@ def sparse_scores(files: Sequence[Data]) -> str:
     return sparse_page.scores(files)
 
 
+def federated(files: Sequence[Data]) -> str:
+    """Fine-tuning over clients: cost to a target, scores and memory per method."""
+    return federated_page.section(files)
+
+
 SECTIONS: dict[str, Callable[[Sequence[Data]], str]] = {
     "flops": flops,
     "memory": memory,
@@ -282,6 +288,7 @@ SECTIONS: dict[str, Callable[[Sequence[Data]], str]] = {
     "sparse": sparse,
     "sparse_scores": sparse_scores,
     "decision": decision,
+    "federated": federated,
 }
 """What a file's name begins with -> the section made of such files, in the order of the page."""
 

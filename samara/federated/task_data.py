@@ -13,7 +13,7 @@ from samara.data.rows import Batch, Rows
 from samara.federated.config import FederateConfig, KeyPartition
 from samara.federated.partition import ClientRows, partition, split_rows
 from samara.measure.language_model import LanguageModel
-from samara.measure.task_rows import Row, as_text
+from samara.measure.task_rows import Row, as_text, spread
 
 TokenRows = LabelRows | AnswerRows
 
@@ -85,7 +85,8 @@ class FederatedData:
 
         self._train = tokenised(rows.train)
         self.validation = _all(tokenised(rows.validation))
-        self.test = _all(tokenised(test))
+        scored = spread(len(test), config.task.limit)
+        self.test = _all(tokenised([test[place] for place in scored]))
         chosen = config.clients.partition
         keys = None
         if isinstance(chosen, KeyPartition):
