@@ -108,26 +108,37 @@ def is_done(setting: Setting, case: Case, known: set[str]) -> bool:
 def work_off(setting: Setting, options: argparse.Namespace, record: Record) -> bool:
     """Do what has not been done; whether all of it was."""
     seen: set[str] = set()
+    waiting: list[Case] = []
     running: dict[Future[dict[str, Any]], Case] = {}
     with open_pool(options) as pool:
 
-        def submit(cases: Sequence[Case]) -> None:
+        def begin(cases: Sequence[Case]) -> None:
             known = {row["name"] for row in record.rows}
-            for case in cases:
-                if case.name not in seen and not is_done(setting, case, known):
-                    seen.add(case.name)
-                    running[pool.submit(carry_out, setting, case)] = case
+            new = [case for case in cases if case.name not in seen]
+            seen.update(case.name for case in new)
+            waiting.extend(case for case in new if not is_done(setting, case, known))
+            waiting.sort(key=lambda case: urgency(setting, case))
+            while waiting and len(running) < max(1, options.workers):
+                case = waiting.pop(0)
+                running[pool.submit(carry_out, setting, case)] = case
 
         def done(case: Case, row: dict[str, Any]) -> None:
             record.rows[:] = [own for own in record.rows if own["name"] != case.name]
             record.add(row)
             print(f"{case.name:60} {row['wall']:6.0f} s", flush=True)
-            submit(cases_behind(setting, record.rows))
+            begin(cases_behind(setting, record.rows))
             drop_losers(setting, record.rows)
 
-        submit(first_cases(setting))
-        submit(cases_behind(setting, record.rows))
-        return collect(pool, running, minutes=options.minutes, done=done)
+        begin([*first_cases(setting), *cases_behind(setting, record.rows)])
+        return collect(
+            pool, running, minutes=options.minutes, done=done, failed=lambda _: begin(())
+        )
+
+
+def urgency(setting: Setting, case: Case) -> tuple[int, bool, bool]:
+    """Where a case stands in the queue: a whole task before the next, so that a stop leaves few."""
+    is_sweep = case.kind == "run" and case.seed == setting.scale.seeds[0]
+    return list(setting.recipes).index(case.task), case.kind == "audit", not is_sweep
 
 
 def lora_weights(base: Path, rank: int) -> int:

@@ -72,7 +72,7 @@ SCALES = {
     "real": Scale(
         arms=tuple(ARMS),
         seeds=(1, 2, 3),
-        lrs=_rates(3e-5, 1e-4, 3e-4, 1e-3, 3e-3, full=0.1),
+        lrs=_rates(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, full=0.1),
         rank=16,
         audit={},
     ),

@@ -72,6 +72,7 @@ def collect(
     *,
     minutes: float,
     done: Callable[[Any, dict[str, Any]], None],
+    failed: Callable[[Any], None] | None = None,
 ) -> bool:
     """Wait for runs, those that finished ones let begin included.
 
@@ -80,6 +81,7 @@ def collect(
         running: What each future works on, with a ``name``; emptied.
         minutes: After so long what still runs is stopped.
         done: Called with a run and its figures; may submit more into ``running``.
+        failed: Called with a run that ended in an error; may do the same.
 
     Returns:
         Whether all of them ended well and in time.
@@ -99,6 +101,8 @@ def collect(
             else:
                 all_well = False
                 print(f"{work.name:60} failed: {error}", flush=True)
+                if failed is not None:
+                    failed(work)
     return all_well
 
 

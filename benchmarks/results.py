@@ -18,6 +18,7 @@ import decision_page
 import delta_page
 import growth_page
 import growth_plot
+import sparse_page
 from markdown_parts import (
     Data,
     blocks,
@@ -267,6 +268,16 @@ def decision(files: Sequence[Data]) -> str:
     return decision_page.section(files)
 
 
+def sparse(files: Sequence[Data]) -> str:
+    """Sparse training's speed and memory beside full fine-tuning, LoRA and SHiRA."""
+    return sparse_page.core(files)
+
+
+def sparse_scores(files: Sequence[Data]) -> str:
+    """Scores that choose weights, at an equal number of weights."""
+    return sparse_page.scores(files)
+
+
 SECTIONS: dict[str, Callable[[Sequence[Data]], str]] = {
     "flops": flops,
     "memory": memory,
@@ -275,6 +286,8 @@ SECTIONS: dict[str, Callable[[Sequence[Data]], str]] = {
     "growth": growth,
     "evaluation": evaluation,
     "delta": delta,
+    "sparse": sparse,
+    "sparse_scores": sparse_scores,
     "decision": decision,
 }
 """What a file's name begins with -> the section made of such files, in the order of the page."""

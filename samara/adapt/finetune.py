@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from samara.adapt.config import FinetuneConfig, FullMethod, SparseMethod
@@ -39,6 +38,7 @@ from samara.data.rows import Batch
 from samara.errors import ConfigError, ResourceError
 from samara.measure.config import DeviceProfile
 from samara.measure.devices import device_profile, estimated_cost
+from samara.measure.flop_counter import flop_counter
 from samara.measure.task_metrics import Item
 from samara.model.modeling import SamaraPreTrainedModel, set_activation_checkpointing
 from samara.progress import ProgressLine
@@ -314,7 +314,7 @@ class Job:
                 layers = [layer.flops_per_token for layer in costs.layers]
                 total = costs.rest.flops_per_token + sum(layers)
             else:
-                with FlopCounterMode(display=False) as counter:
+                with flop_counter() as counter:
                     tokens = run_pass()
                 layers, total = [], counter.get_total_flops() / tokens
         self.adaptation.updater.zero_grad()

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from samara.data.rows import Batch
 from samara.federated.client import PassFlops, Trainer
 from samara.federated.devices import CostModel
+from samara.measure.flop_counter import flop_counter
 from samara.train.layer_dropout import LayerDropout
 from samara.train.layer_rates import LayerDropoutConfig
 from samara.train.optim import Optimizer
@@ -49,7 +49,7 @@ def measure_flops(trainer: Trainer, batch: Batch, *, drops: bool) -> PassFlops:
     tokens = batch["input_ids"].numel()
     counts = {}
     for depth in {depths_to_try(trainer.num_layers, drops=drops)[0], trainer.num_layers}:
-        with FlopCounterMode(display=False) as counter, _undisturbed(trainer):
+        with flop_counter() as counter, _undisturbed(trainer):
             _pass(trainer, batch, depth)
         counts[depth] = counter.get_total_flops() / tokens
     least, most = min(counts), max(counts)

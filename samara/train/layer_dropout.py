@@ -44,6 +44,7 @@ from transformers.cache_utils import Cache
 from samara.data.draws import Draws, Purpose
 from samara.errors import ConfigError
 from samara.measure.budget import Attention, Budget
+from samara.measure.flop_counter import flop_counter
 from samara.model.layers import LayerContext
 from samara.train.layer_rates import LayerDropoutConfig, LayerRates
 from samara.train.layer_stack import LayerStack, find_layers
@@ -241,12 +242,12 @@ class LayerCosts:
         """
         layers = find_layers(model).layers
         names = {module: name for name, module in model.named_modules()}
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             tokens = run_pass()
         total = counter.get_total_flops()
         hook = layers[0].register_forward_pre_hook(_ask_for_gradient, with_kwargs=True)
         try:
-            with FlopCounterMode(display=False) as counter:
+            with flop_counter() as counter:
                 run_pass()
         finally:
             hook.remove()
