@@ -211,6 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
         metavar=("BASE", "TUNED"),
         help="two model folders; repeatable",
     )
+    parser.add_argument("--note", help="what these trainings are, for the page")
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that it runs")
     given = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(given)
@@ -220,6 +221,7 @@ def main(arguments: list[str] | None = None) -> None:
     }
     if options.run or options.checkpoints:
         result["real"] = measure_real(options.run, options.checkpoints)
+        result["note"] = options.note
     else:
         result |= measure_synthetic(options)
     if options.json:

@@ -60,7 +60,8 @@ def _real(data: Data) -> str:
         "of the base",
         "peft's file, B",
     )
-    return table(header, rows)
+    note = f"\n\n{data['note']}" if data["note"] else ""
+    return f"{table(header, rows)}{note}"
 
 
 def _made(data: Data) -> str:

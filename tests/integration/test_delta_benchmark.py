@@ -57,7 +57,7 @@ def test_real_changes_are_weighed_beside_pefts_own_file(
     runs = [f"--run={tmp_path / method}" for method in ("sparse", "shira")]
     pair = ["--checkpoints", str(tmp_path / "a"), str(tmp_path / "b")]
     out = tmp_path / "delta-real.json"
-    benchmark_delta.main([*runs, *pair, "--json", str(out)])
+    benchmark_delta.main([*runs, *pair, "--json", str(out), "--note", "Two steps each."])
     written = json.loads(out.read_text())
     sparse, shira, between = written["real"]
     assert sparse["file_bytes"] == (tmp_path / "sparse" / "delta.safetensors").stat().st_size
@@ -72,6 +72,7 @@ def test_real_changes_are_weighed_beside_pefts_own_file(
     assert "as peft wrote it" in capsys.readouterr().out
     page = benchmark("delta_page").section([written])
     assert f"{shira['adapter_bytes']:,}" in page
+    assert "Two steps each." in page
     assert "Of made changes" not in page
     with pytest.raises(SystemExit, match=r"holds no results\.json"):
         benchmark_delta.main([f"--run={tmp_path}"])
