@@ -215,8 +215,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that it runs")
     given = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(given)
+    spoken = [word for word in given if word not in ("--note", options.note)]
     result: dict[str, Any] = {
-        "command": shlex.join(["python", "benchmarks/delta.py", *given]),
+        "command": shlex.join(["python", "benchmarks/delta.py", *spoken]),
         "environment": environment(),
     }
     if options.run or options.checkpoints:

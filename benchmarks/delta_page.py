@@ -19,8 +19,7 @@ def section(files: Sequence[Data]) -> str:
             "### Of real trainings\n\n"
             "Bytes of the whole file by the weights whose bits changed; *record* is the part that\n"
             "does not grow with them: recipe, hashes, scores. A SHiRA adapter is weighed as a\n"
-            "delta of the same change, and as peft wrote it. Change: root mean square.\n\n"
-            + blocks(real, _real)
+            "delta of the same change, and as peft wrote it.\n\n" + blocks(real, _real)
         )
     if made:
         parts.append(
@@ -52,7 +51,7 @@ def _real(data: Data) -> str:
         "change",
         "trained",
         "changed",
-        "change",
+        "by, RMS",
         "file, B",
         "record, B",
         "B per changed weight",
