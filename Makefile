@@ -72,7 +72,7 @@ venv-dev: .venv/installed-dev
 	@touch $@
 
 .venv/installed-dev: .venv/installed
-	$(PIP_INSTALL) -e '.[data,tracking,evaluate,adapt,registry,dev]'
+	$(PIP_INSTALL) -e '.[data,tracking,evaluate,adapt,registry,sign,dev]'
 	@touch $@
 
 clean:

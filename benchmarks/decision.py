@@ -135,10 +135,10 @@ def work_off(setting: Setting, options: argparse.Namespace, record: Record) -> b
         )
 
 
-def urgency(setting: Setting, case: Case) -> tuple[int, bool, bool]:
-    """Where a case stands in the queue: a whole task before the next, so that a stop leaves few."""
+def urgency(setting: Setting, case: Case) -> tuple[bool, int, bool]:
+    """Where a case stands in the queue: whole tasks one after another, audits when all have run."""
     is_sweep = case.kind == "run" and case.seed == setting.scale.seeds[0]
-    return list(setting.recipes).index(case.task), case.kind == "audit", not is_sweep
+    return case.kind == "audit", list(setting.recipes).index(case.task), not is_sweep
 
 
 def lora_weights(base: Path, rank: int) -> int:

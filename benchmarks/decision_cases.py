@@ -231,8 +231,8 @@ def _run(setting: Setting, case: Case) -> dict[str, Any]:
 
 def _audit(setting: Setting, case: Case) -> dict[str, Any]:
     """Audit a run; at the first seed by all suites, at the others for forgetting."""
-    from samara.adapt.audits.audit import Change, Plan, Suite, audit
-    from samara.adapt.audits.config import AuditConfig
+    from samara.adapt.audits.audit import Change, Plan, audit
+    from samara.adapt.audits.config import AuditConfig, Suite
     from samara.adapt.audits.forgetting import read_texts
     from samara.adapt.audits.subject import model_kind
     from samara.adapt.audits.templates import load_templates
@@ -248,7 +248,7 @@ def _audit(setting: Setting, case: Case) -> dict[str, Any]:
     if suites:
         plan = Plan(
             suites=tuple(suites),
-            templates=load_templates(setting.templates),
+            templates=load_templates(setting.templates or "english"),
             texts=read_texts(corpus=None, files=setting.text) if setting.text else (),
             config=AuditConfig.model_validate(setting.scale.audit),
             device="cuda" if setting.device == "cuda" else "cpu",

@@ -3,6 +3,8 @@
     python benchmarks/delta.py                       # sizes, then times on a model of 1.2 B weights
     python benchmarks/delta.py --layers 2            # the same with an eighth of the layers
     python benchmarks/delta.py --json delta.json     # with commit and machine
+    python benchmarks/delta.py --run runs/finetune   # the file of a real training, and no others
+    python benchmarks/delta.py --checkpoints llama-1b llama-1b-tuned
 
 Sizes: a 4096 x 4096 bfloat16 matrix of N(0, 0.02), a uniform random support, updates of N(0, sigma)
 added in float32 and rounded; entries whose bits did not change are not in the file and not counted.
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from delta_real import measure_real, part_sizes
 from torch import Tensor, nn
 
 from samara.runs import environment, write_json
@@ -106,14 +109,6 @@ def measure_size(mode: Mode, density: float, sigma: float, *, side: int) -> Size
         index_bytes_per_nonzero=parts["weight.idx"] / delta.nnz,
         value_bytes_per_nonzero=parts["weight.val"] / delta.nnz,
     )
-
-
-def part_sizes(path: Path) -> dict[str, int]:
-    """Bytes of each part of a delta file."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="np") as file:
-        return {name: file.get_slice(name).get_shape()[0] for name in file.keys()}  # noqa: SIM118
 
 
 class Weights(nn.Module):
@@ -204,9 +199,38 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=16, help="of the timed model (16)")
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--json", type=Path, help="write everything to this file")
+    parser.add_argument(
+        "--run", type=Path, action="append", default=[], help="a finished fine-tuning; repeatable"
+    )
+    parser.add_argument(
+        "--checkpoints",
+        type=Path,
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("BASE", "TUNED"),
+        help="two model folders; repeatable",
+    )
+    parser.add_argument("--note", help="what these trainings are, for the page")
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that it runs")
     given = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(given)
+    spoken = [word for word in given if word not in ("--note", options.note)]
+    result: dict[str, Any] = {
+        "command": shlex.join(["python", "benchmarks/delta.py", *spoken]),
+        "environment": environment(),
+    }
+    if options.run or options.checkpoints:
+        result["real"] = measure_real(options.run, options.checkpoints)
+        result["note"] = options.note
+    else:
+        result |= measure_synthetic(options)
+    if options.json:
+        write_json(options.json, result)
+
+
+def measure_synthetic(options: argparse.Namespace) -> dict[str, Any]:
+    """Sizes of made updates, and times on a model in memory."""
     side = 512 if options.smoke else SIDE
     sizes = [
         measure_size(mode, density, sigma, side=side)
@@ -228,14 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{times['parameters']:,} weights, {times['nnz']:,} changed by {times['file_bytes']:,} B")
     for name, value in times["seconds"].items():
         print(f"{name:10}{value['wall']:9.4f} s, {value['cpu']:.4f} s of the processor")
-    if options.json:
-        result = {
-            "command": shlex.join(["python", "benchmarks/delta.py", *given]),
-            "environment": environment(),
-            "sizes": [asdict(row) for row in sizes],
-            "times": times,
-        }
-        write_json(options.json, result)
+    return {"sizes": [asdict(row) for row in sizes], "times": times}
 
 
 if __name__ == "__main__":

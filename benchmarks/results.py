@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import decision_page
+import delta_page
 import federated_page
 import growth_page
 import growth_plot
@@ -258,6 +259,11 @@ def layer_dropout(files: Sequence[Data]) -> str:
     )
 
 
+def delta(files: Sequence[Data]) -> str:
+    """Delta files: sizes of real and made changes, and times."""
+    return delta_page.section(files)
+
+
 def decision(files: Sequence[Data]) -> str:
     """Methods of adaptation, side by side with full fine-tuning."""
     return decision_page.section(files)
@@ -285,6 +291,7 @@ SECTIONS: dict[str, Callable[[Sequence[Data]], str]] = {
     "inference": inference,
     "growth": growth,
     "evaluation": evaluation,
+    "delta": delta,
     "sparse": sparse,
     "sparse_scores": sparse_scores,
     "decision": decision,

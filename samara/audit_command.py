@@ -10,7 +10,7 @@ import typer
 from samara.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
-    from samara.adapt.audits.audit import Suite
+    from samara.adapt.audits.config import Suite
     from samara.registry.records import Evidence
 
 
@@ -37,7 +37,11 @@ def audit(
         Path | None, typer.Option(help="Or the prepared corpus that the base is from.")
     ] = None,
     templates: Annotated[
-        Path | None, typer.Option(help="Your own sentences and terms. None: the English set.")
+        str, typer.Option(help="Sentences and terms: english, documentation, or a file of yours.")
+    ] = "english",
+    seeds: Annotated[
+        list[Path] | None,
+        typer.Option(help="Runs like --tuned but for their seed: do answers depend on it?"),
     ] = None,
     limits: Annotated[Path | None, typer.Option(help="YAML with other limits and sizes.")] = None,
     out: Annotated[
@@ -55,27 +59,35 @@ def audit(
 
     Example: samara audit llama-1b --delta summaries.sdelta --text news.jsonl
     """
-    from samara.adapt.audits.audit import Change, Plan
-    from samara.adapt.audits.audit import audit as audit_model
-    from samara.adapt.audits.config import AuditConfig
-    from samara.adapt.audits.forgetting import read_texts
-    from samara.adapt.audits.templates import load_templates
+    from samara.adapt.audits.config import AuditConfig, AuditRunConfig
+    from samara.adapt.audits.verb import run_audit
     from samara.config import load_yaml, validate
     from samara.runs import write_json
 
     if text and corpus is not None:
         raise ConfigError("--text and --corpus: give one of them")
-    has_text = bool(text) or corpus is not None
-    config = validate(AuditConfig, load_yaml(limits), path=str(limits)) if limits else AuditConfig()
-    plan = Plan(
-        suites=_suites(suite, has_text=has_text),
-        templates=load_templates(templates),
-        texts=read_texts(corpus=corpus, files=text or ()) if has_text else (),
-        config=config,
+    if delta and tuned is not None:
+        raise ConfigError("--delta and --tuned: give one of them, the change is either")
+    suites = _suites(suite, has_text=bool(text) or corpus is not None)
+    if "forgetting" in suites and not text and corpus is None:
+        raise ConfigError("forgetting: needs text the base knows; give --text or --corpus")
+    reads = "forgetting" in suites
+    config = AuditRunConfig(
+        base=str(model),
+        deltas=tuple(map(str, delta or ())),
+        tuned=None if tuned is None else str(tuned),
+        seeds=tuple(map(str, seeds or ())),
+        suites=suites,
+        templates=templates,
+        texts=tuple(map(str, text or ())) if reads else (),
+        corpus=str(corpus) if reads and corpus is not None else None,
+        limits=validate(AuditConfig, load_yaml(limits), path=str(limits))
+        if limits
+        else AuditConfig(),
         device=device,
         precision=precision,
     )
-    found = audit_model(model, Change(deltas=tuple(delta or ()), tuned=tuned), plan)
+    found = run_audit(config)
     write_json(out, found.evidence.model_dump(mode="json"))
     if details is not None:
         write_json(details, found.details)

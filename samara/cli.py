@@ -368,10 +368,9 @@ def _work(
             f"{path}: has stages; use `samara run {path}` (one of them: --stage NAME)"
         )
     if verb is not None and recipe.stages[0].verb != verb:
-        raise ConfigError(
-            f"{path}: is a recipe of `{recipe.stages[0].verb}`; "
-            f"use `samara {recipe.stages[0].verb} {path}`"
-        )
+        own = recipe.stages[0].verb
+        runs = "run" if own == "audit" else own  # `samara audit` takes a model, no recipe
+        raise ConfigError(f"{path}: is a recipe of `{own}`; use `samara {runs} {path}`")
     names = [item.name for item in recipe.stages]
     if stage is not None and stage not in names:
         raise ConfigError(f"--stage {stage}: no such stage{did_you_mean(stage, names)}")

@@ -83,8 +83,14 @@ def verify(
     full: Annotated[
         bool, typer.Option("--full", help="Hash every byte of the base; trust no cache.")
     ] = False,
+    key: Annotated[
+        Path | None, typer.Option(help="The signer's public key; the delta must be signed by it.")
+    ] = None,
+    signature: Annotated[
+        Path | None, typer.Option(help="The signature file.", show_default="DELTA.sig")
+    ] = None,
 ) -> None:
-    """Check a delta file, and that it fits a model as it is now. Writes nothing.
+    """Check a delta file, who signed it, and that it fits a model as it is now. Writes nothing.
 
     Example: samara delta verify summaries.sdelta --base llama-1b --full
     """
@@ -92,13 +98,43 @@ def verify(
 
     if full and base is None:
         raise ConfigError("--full: hashes the base; name it with --base")
+    if signature is not None and key is None:
+        raise ConfigError("--signature: needs the signer's public key; name it with --key")
     data = read_delta(delta)
     typer.echo(f"{delta}: whole; delta {data.id}")
+    if key is not None:
+        from samara.sparse.delta_signature import signature_path, verify_signature
+
+        signer = verify_signature(data, signature or signature_path(delta), key)
+        typer.echo(f"{delta}: data and record signed by {signer}")
     if base is not None:
         from samara.sparse.delta_checkpoint import verify_checkpoint
 
         verify_checkpoint(data, base, full=full)
         typer.echo(f"{base}: is the base it was made for")
+
+
+@app.command()
+def sign(
+    delta: DeltaArgument,
+    key: Annotated[
+        Path, typer.Option(help="Your private Ed25519 key, as ssh-keygen -t ed25519 makes it.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The signature file to write.", show_default="DELTA.sig")
+    ] = None,
+) -> None:
+    """Sign a delta with its whole record: weights, scores, audits, licence.
+
+    Example: samara delta sign summaries.sdelta --key ~/.ssh/release
+    """
+    from samara.sparse.delta_file import read_delta
+    from samara.sparse.delta_signature import sign as sign_delta
+    from samara.sparse.delta_signature import signature_path
+
+    path = out or signature_path(delta)
+    signer = sign_delta(read_delta(delta), key, path)
+    typer.echo(f"{path}: signed by {signer}")
 
 
 @app.command()

@@ -63,6 +63,10 @@ class LicenseDenied(DeltaError):  # noqa: N818
     """The delta's licence record forbids what was asked."""
 
 
+class SignatureRefused(DeltaError):  # noqa: N818
+    """A delta's signature is missing, damaged, of something else, or of another key."""
+
+
 class TiedTensorDuplicate(DeltaError):  # noqa: N818
     """One tensor would be changed under two names."""
 

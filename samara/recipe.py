@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from samara.adapt.audits.config import AuditRunConfig
 from samara.adapt.config import FinetuneConfig
 from samara.config import Config, apply_overrides, load_yaml, merge, validate
 from samara.data.config import PrepareConfig
@@ -65,6 +66,7 @@ VERBS: dict[str, Verb] = {
     "instruct": Verb(config=InstructConfig, function="samara.train.instruct:instruct"),
     "finetune": Verb(config=FinetuneConfig, function="samara.adapt.finetune:finetune"),
     "federate": Verb(config=FederateConfig, function="samara.federated.federate:federate"),
+    "audit": Verb(config=AuditRunConfig, function="samara.adapt.audits.verb:audit_verb"),
     "release": Verb(config=ReleaseConfig, function="samara.release.release:release"),
     "evaluate": Verb(config=EvaluateConfig, function="samara.measure.evaluate:evaluate"),
     "report": Verb(config=ReportConfig, function="samara.report.report:report"),
@@ -86,6 +88,8 @@ class StageConfig(Config):
     """Model and task in; a delta, an adapter or a model out."""
     federate: FederateConfig | None = None
     """Model and clients' data in; an adapter out, and the clients' own layers."""
+    audit: AuditRunConfig | None = None
+    """A model before and after a change in; verdicts for a registry's gates out."""
     release: ReleaseConfig | None = None
     """Runs in; versions in a registry out, promoted through gates."""
     evaluate: EvaluateConfig | None = None

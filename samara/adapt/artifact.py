@@ -1,4 +1,4 @@
-"""What a finished fine-tuning is, for the registry: its identity, its parents, its scores."""
+"""What a finished fine-tuning or federation is, for the registry: identity, parents, scores."""
 
 from __future__ import annotations
 
@@ -6,16 +6,44 @@ from pathlib import Path
 from typing import Any
 
 from samara.registry.records import Description, Evaluation, Evidence
-from samara.runs import hash_weights, read_json
+from samara.runs import hash_file, hash_weights, read_json
 from samara.sparse.delta_artifact import describe_delta_file
 
-RESULTS = "results.json"
+RESULTS, ADAPTER, HEAD = "results.json", "adapter", "head.safetensors"
 
 
 def is_finetuning(folder: Path) -> bool:
     """Whether a folder is that of a finished fine-tuning."""
     path = folder / RESULTS
-    return path.exists() and "method" in read_json(path)
+    return path.exists() and {"method", "artefacts"} <= read_json(path).keys()
+
+
+def is_federation(folder: Path) -> bool:
+    """Whether a folder is that of a finished federation."""
+    path = folder / RESULTS
+    return path.exists() and {"method", "rounds", "clients"} <= read_json(path).keys()
+
+
+def describe_federation(run: Path) -> Description:
+    """Describe the run folder of a finished federation: its adapter, or the head it trained.
+
+    The global model's test scores have no intervals, so that no gate passes by them alone: more
+    evidence has to be given.
+    """
+    results = read_json(run / RESULTS)
+    scores = results["test"]["best"]
+    return Description(
+        kind="run",
+        identity=hash_file(run / HEAD) if (run / HEAD).exists() else hash_weights(run / ADAPTER),
+        made_from=[results["parents"]["init_from"]],
+        evidence=Evidence(
+            evaluations=[
+                Evaluation(task=results["task"]["name"], metric=name, value=scores[name])
+                for name in ("accuracy", "loss")
+                if scores[name] is not None
+            ]
+        ),
+    )
 
 
 def describe_finetuning(run: Path) -> Description:

@@ -17,7 +17,8 @@ from samara.measure.tasks_config import (
     TaskConfig,
 )
 from samara.sparse.config import SparseConfig
-from samara.train.config import AdamW, Cosine, LoggingConfig, Schedule
+from samara.train.config import AdamW, Cosine, LoggingConfig, Schedule, check_exportable
+from samara.train.layer_rates import LayerDropoutConfig
 
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 
@@ -142,6 +143,9 @@ class FinetuneTraining(Config):
     """`torch.compile` the trunk."""
     activation_checkpointing: Literal["none", "layer"] = "none"
     """`layer`: keep each layer's input, recompute the rest."""
+    layer_dropout: LayerDropoutConfig | None = None
+    """Leave out some layers in each pass of training, whatever the method; choosing weights and
+    every evaluation use all of them. Left out: none."""
     evaluate_every_steps: PositiveInt | None = None
     """Validation loss every N steps. Left out: only at the end."""
 
@@ -154,6 +158,7 @@ class FinetuneTraining(Config):
             raise ConfigError(
                 f"batch_size {self.batch_size} is not divisible by micro_batch_size {micro}"
             )
+        check_exportable(self.layer_dropout)
         return self
 
     def num_steps(self, num_rows: int) -> int:

@@ -17,7 +17,9 @@ such head), ``adapter/``, or ``model/``.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,10 @@ from samara.sparse.auto import TrialRun
 from samara.sparse.calibration import Calibration
 from samara.sparse.delta_records import Cost
 from samara.train.checkpoint import Checkpoints, TrainingState, sweep
-from samara.train.loop import Costs, Hooks, Record, Update, train
+from samara.train.layer_dropout import LayerCosts, dropping_layers
+from samara.train.layer_rates import LayerRates
+from samara.train.layer_stack import find_layers
+from samara.train.loop import AroundPass, Costs, Hooks, Record, Update, train
 from samara.train.memory import PeakMemory
 from samara.train.parallel import Place, autocast, choose_place, compile_model, uncompiled
 from samara.train.schedule import learning_rate
@@ -105,6 +110,7 @@ class Job:
         training = config.training
         self.num_steps = training.num_steps(len(self.task.train))
         self.micro_batch_size = training.micro_batch_size or training.batch_size
+        self.layer_rates = self._layer_rates(loaded.model)
         self.profile: DeviceProfile = device_profile(
             config.logging.device_profile, device=place.device.type
         )
@@ -140,6 +146,14 @@ class Job:
             else:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
         return loaded
+
+    def _layer_rates(self, model: PreTrainedModel) -> LayerRates | None:
+        """How often each layer runs, before anything is chosen or trained; None: in every pass."""
+        dropout = self.config.training.layer_dropout
+        if dropout is None:
+            return None
+        with _naming_its_place():
+            return dropout.rates(len(find_layers(model).layers))
 
     def _parents(self, rows: TaskRows, loaded: TaskModel) -> dict[str, str]:
         return {
@@ -229,11 +243,19 @@ class Job:
         training, start = self.config.training, self.state.step
         costs = self._costs()
         with (
+            _naming_its_place(),
             StopSignal() as stop,
             open_sinks(self.config.logging.sinks, run=self.run, start_step=start) as sinks,
             ProgressLine(
                 f"finetune {self.run.path.name}", total=self.num_steps, unit="steps"
             ) as line,
+            dropping_layers(
+                self.model,
+                training.layer_dropout,
+                seed=self.config.seed,
+                costs=costs,
+                trained=self.adaptation.trained,
+            ) as around_pass,
         ):
             train(
                 self.model,
@@ -245,8 +267,8 @@ class Job:
                 num_steps=self.num_steps,
                 precision=training.precision,
                 clip_grad_norm=training.clip_grad_norm,
-                costs=costs,
-                hooks=self._hooks(line, sinks),
+                costs=costs(self.layer_rates.keep if self.layer_rates else ()),
+                hooks=self._hooks(line, sinks, around_pass),
                 stop=stop,
             )
 
@@ -258,35 +280,49 @@ class Job:
             peak=self.config.method.optimizer.lr,
         )
 
-    def _costs(self) -> Costs:
-        """FLOPs of a token."""
+    def _costs(self) -> LayerCosts:
+        """FLOPs of a token; layer by layer where passes leave some out."""
         path = self.run.path / COSTS
         if not (path.exists() and self.state.step):  # a support that grew would cost more by now
-            write_json(path, {"schema": 1, "flops_per_token": self._flops_per_token()})
-        flops = float(read_json(path)["flops_per_token"])
-        return Costs(
-            flops_per_token=flops,
-            useful_flops_per_token=flops,
-            peak_flops=self.profile.peak_flops[self.config.training.precision],
+            write_json(path, {"schema": 1, **self._flops_per_token()})
+        found = read_json(path)
+        layers = found["flops_per_token_by_layer"]
+        peak = self.profile.peak_flops[self.config.training.precision]
+        return LayerCosts(
+            rest=_flat_costs(found["flops_per_token"] - sum(layers), peak),
+            layers=tuple(_flat_costs(flops, peak) for flops in layers),
         )
 
-    def _flops_per_token(self) -> float:
-        """Counted over one micro-batch of the first step."""
+    def _flops_per_token(self) -> dict[str, Any]:
+        """Counted over one micro-batch of the first step, in a pass of all layers."""
         batch = {n: t.to(self.place.device) for n, t in next(iter(self._batches(0, 1)))[0].items()}
+
+        def run_pass() -> int:
+            loss = self.task.objective(self.model, batch).loss
+            torch.autograd.backward(loss)
+            return batch["input_ids"].numel()
+
         devices = [self.place.device] if self.place.device.type == "cuda" else []
         with (
             torch.random.fork_rng(devices=devices),
-            flop_counter() as counter,
             uncompiled(self.model),
             autocast(self.place.device, self.config.training.precision),
         ):
             self.model.train()
-            loss = self.task.objective(self.model, batch).loss
-            torch.autograd.backward(loss)
+            if self.layer_rates is not None:
+                costs = LayerCosts.measured(self.model, run_pass, peak_flops=None)
+                layers = [layer.flops_per_token for layer in costs.layers]
+                total = costs.rest.flops_per_token + sum(layers)
+            else:
+                with flop_counter() as counter:
+                    tokens = run_pass()
+                layers, total = [], counter.get_total_flops() / tokens
         self.adaptation.updater.zero_grad()
-        return float(counter.get_total_flops() / batch["input_ids"].numel())
+        return {"flops_per_token": total, "flops_per_token_by_layer": layers}
 
-    def _hooks(self, line: ProgressLine, sinks: list[Sink]) -> Hooks:
+    def _hooks(
+        self, line: ProgressLine, sinks: list[Sink], around_pass: AroundPass | None
+    ) -> Hooks:
         def show(state: TrainingState, lr: float, update: Update) -> None:
             line.update(state.step, loss=f"{update.nll:.3f}", lr=f"{lr:.2e}")
 
@@ -296,6 +332,7 @@ class Job:
                 sink.write(record)
 
         return Hooks(
+            around_pass=around_pass,
             on_step=show,
             log=log,
             log_every=self.config.logging.every_steps,
@@ -406,9 +443,24 @@ class Job:
             "storage_bytes": sum(sizes.values()),
             "artefacts": sizes,
             "details": adaptation.details(),
+            "layer_dropout": None if self.layer_rates is None else asdict(self.layer_rates),
             "device": self.place.device.type,
             "device_profile": self.profile.name,
         }
+
+
+@contextmanager
+def _naming_its_place() -> Iterator[None]:
+    """Complete the key in what is said about layer dropout."""
+    try:
+        yield
+    except ConfigError as error:
+        place = "training." if str(error).startswith("layer_dropout") else ""
+        raise ConfigError(f"{place}{error}") from error
+
+
+def _flat_costs(flops: float, peak_flops: float | None) -> Costs:
+    return Costs(flops_per_token=flops, useful_flops_per_token=flops, peak_flops=peak_flops)
 
 
 def _inherited(folder: Path) -> Compute:

@@ -86,6 +86,11 @@ class Adaptation(Protocol):
         ...
 
     @property
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters of the model that change in training, whole or in part."""
+        ...
+
+    @property
     def num_trained(self) -> int:
         """Numbers that are trained."""
         ...
@@ -130,6 +135,11 @@ class FullAdaptation:
     def weights(self) -> TrainedWeights:
         """See :class:`Adaptation`."""
         return TrainedWeights(dict(self.model.named_parameters()))
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """See :class:`Adaptation`."""
+        return self._optimizer.parameters
 
     @property
     def num_trained(self) -> int:
@@ -248,6 +258,11 @@ class SparseAdaptation:
     def weights(self) -> TrainedWeights:
         """See :class:`Adaptation`: the updater's state holds all that changed."""
         return TrainedWeights({})
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """See :class:`Adaptation`: those with a selected entry."""
+        return [entry.weight for entry in self._attachment.selected.values()]
 
     @property
     def num_trained(self) -> int:

@@ -69,6 +69,11 @@ class PeftAdaptation:
         return TrainedWeights(trained)
 
     @property
+    def trained(self) -> list[nn.Parameter]:
+        """See :class:`~samara.adapt.methods.Adaptation`."""
+        return self._optimizer.parameters
+
+    @property
     def num_trained(self) -> int:
         """See :class:`~samara.adapt.methods.Adaptation`."""
         return sum(p.numel() for p in self._optimizer.parameters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,11 @@ class LabelLoss:
 
     def __call__(self, model: PreTrainedModel, batch: Batch) -> Sums:
         """See :class:`~samara.train.objective.Objective`."""
+        # Decoders fill a cache unless told not to, which layers that are left out cannot.
+        takes = inspect.signature(type(model).forward).parameters
+        no_cache = {"use_cache": False} if "use_cache" in takes else {}
         logits_bn = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **no_cache
         ).logits
         nll = cross_entropy(_exact(logits_bn), batch["targets"], reduction="sum")
         return Sums(loss=nll, nll=nll)

@@ -10,8 +10,9 @@ from samara.errors import RegistryError
 from samara.registry.records import Description, Evaluation, Evidence
 from samara.runs import RunFolder, hash_weights, model_folder, read_json
 
-NOT_KEPT = ("checkpoints", "support.safetensors", "folds", "superseded")
-"""Of a run folder: what resuming needs, runs within it, and what was replaced."""
+NOT_KEPT = ("checkpoints", "clients", "support.safetensors", "folds", "superseded")
+"""Of a run folder: what resuming needs, what a federation's clients keep to themselves, runs within
+it, and what was replaced."""
 WEIGHTS = ("*.safetensors", "*.gguf")
 
 

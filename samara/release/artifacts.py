@@ -1,4 +1,4 @@
-"""What can be registered, told apart: delta files, finished fine-tunings, models and their runs."""
+"""What can be registered, told apart: deltas, finished adaptations, models and their runs."""
 
 from __future__ import annotations
 
@@ -20,8 +20,15 @@ def describe(source: Path) -> Description:
 
         return describe_delta_file(source)
     if (source / "results.json").exists():
-        from samara.adapt.artifact import describe_finetuning, is_finetuning
+        from samara.adapt.artifact import (
+            describe_federation,
+            describe_finetuning,
+            is_federation,
+            is_finetuning,
+        )
 
         if is_finetuning(source):
             return describe_finetuning(source)
+        if is_federation(source):
+            return describe_federation(source)
     return describe_folder(source)

@@ -17,7 +17,8 @@ class VersionConfig(Config):
     source: str
     """A model folder, run folder or delta file (`.sdelta`), or `stage:NAME`."""
     evidence: tuple[str, ...] = ()
-    """YAML or JSON files with more evaluations and audits."""
+    """More of it: YAML or JSON files with evaluations and audits, or the run folder of an audit
+    (`stage:NAME`), which must be of this very version."""
     note: str | None = None
     """A word about it."""
 

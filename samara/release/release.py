@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from samara.adapt.audits.config import EVIDENCE, SUMMARY
 from samara.errors import GateError, RegistryError
 from samara.registry.access import acting, open_registry, read_evidence
 from samara.registry.audit_log import Entry
@@ -68,7 +69,7 @@ def _add(registry: Registry, line: str, wanted: VersionConfig, *, actor: str) ->
     version = registry.add(line, source, description, actor=actor)
     known, more = registry.evidence(version), Evidence()
     for path in wanted.evidence:
-        more += read_evidence(Path(path).expanduser())
+        more += _evidence(Path(path).expanduser(), version)
     missing = Evidence(
         evaluations=[row for row in more.evaluations if row not in known.evaluations],
         audits=[row for row in more.audits if row not in known.audits],
@@ -76,6 +77,26 @@ def _add(registry: Registry, line: str, wanted: VersionConfig, *, actor: str) ->
     if missing != Evidence():
         registry.add_evidence(line, str(version.number), missing, actor=actor)
     return version
+
+
+def _evidence(path: Path, version: Version) -> Evidence:
+    """Evidence of a file, or of an audit's run folder, which knows whose it is.
+
+    Raises:
+        ConfigError: If it is missing or malformed.
+        RegistryError: If an audit is of something else.
+    """
+    if not path.is_dir():
+        return read_evidence(path)
+    if not (path / SUMMARY).exists() or not (path / EVIDENCE).exists():
+        raise RegistryError(f"evidence: {path} is no finished audit; run it, or give a file")
+    audited = read_json(path / SUMMARY)["identity"]
+    if audited != version.identity:
+        raise RegistryError(
+            f"evidence: {path} is an audit of {audited[:12]}, and {version.name} is "
+            f"{version.identity[:12]}; audit what is released"
+        )
+    return read_evidence(path / EVIDENCE)
 
 
 # --- steps ------------------------------------------------------------------------------------

@@ -113,6 +113,70 @@ def read_tuned(folders: Mapping[str, str]) -> tuple[Tuned, ...]:
     return tuple(found)
 
 
+# --- audits ---------------------------------------------------------------------------------------
+
+
+class AuditRow(Record):
+    """One verdict."""
+
+    suite: str
+    before: float | None
+    after: float | None
+    ci_of_change: tuple[float, float] | None
+    verdict: Literal["pass", "fail", "inconclusive"]
+
+
+class AuditScope(Record):
+    """What was looked at."""
+
+    templates: str
+    language: str
+    attributes: tuple[str, ...]
+    confidence: float
+    unit: Literal["nats", "probability"] | None = None
+    pairs_of_texts: NonNegativeInt | None = None
+    prompts: NonNegativeInt | None = None
+    pairs_of_wordings: NonNegativeInt | None = None
+    batch_sizes: tuple[PositiveInt, ...] = ()
+    repeats: PositiveInt | None = None
+    extreme_inputs: NonNegativeInt | None = None
+    other_seeds: NonNegativeInt | None = None
+
+
+class AuditSummary(Record):
+    """``summary.json`` of an audit."""
+
+    identity: str
+    audits: tuple[AuditRow, ...] = Field(min_length=1)
+    scope: AuditScope
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditedModel:
+    """One audit run."""
+
+    name: str
+    summary: AuditSummary | None
+    note: str
+    """What became of a run without a summary."""
+
+
+def read_audited(folders: Mapping[str, str]) -> tuple[AuditedModel, ...]:
+    """Read the audits that the report names.
+
+    Raises:
+        CheckpointError: If a folder does not exist, or a file in it is damaged.
+    """
+    found = []
+    for name, folder in folders.items():
+        run = RunFolder(run_folder(folder, f"audits.{name}"))
+        path = run.path / "summary.json"
+        summary = read_record(AuditSummary, path) if path.exists() else None
+        note = "" if summary else said(state_of(run, finished=False))
+        found.append(AuditedModel(name=name, summary=summary, note=note))
+    return tuple(found)
+
+
 # --- the registry ---------------------------------------------------------------------------------
 
 

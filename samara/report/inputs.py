@@ -14,7 +14,14 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from samara.data.config import PrepareConfig
 from samara.measure.budget import Budget, budget
 from samara.model.config import ModelConfig
-from samara.report.adaptation_inputs import Release, Tuned, read_release, read_tuned
+from samara.report.adaptation_inputs import (
+    AuditedModel,
+    Release,
+    Tuned,
+    read_audited,
+    read_release,
+    read_tuned,
+)
 from samara.report.config import ReportConfig
 from samara.report.run_files import (
     Bounds,
@@ -218,6 +225,7 @@ class Inputs:
     corpus_note: str
     tuned: tuple[Tuned, ...]
     """The fine-tuning runs."""
+    audited: tuple[AuditedModel, ...]
     release: Release | None
     release_note: str
 
@@ -261,6 +269,7 @@ def read_inputs(config: ReportConfig, run: RunFolder) -> Inputs:
         corpus=corpus,
         corpus_note=corpus_note,
         tuned=read_tuned(config.finetuning),
+        audited=read_audited(config.audits),
         release=release,
         release_note=release_note,
     )

@@ -17,6 +17,7 @@ from samara.report.markup import Html, element, escaped, joined
 from samara.report.section import Section
 from samara.report.sections.adaptation import adaptation
 from samara.report.sections.arms import arms
+from samara.report.sections.audits import audits
 from samara.report.sections.corpus import corpus
 from samara.report.sections.curves import curves
 from samara.report.sections.demo_scale import demo_scale
@@ -35,6 +36,7 @@ SECTIONS: tuple[Callable[[Inputs], Section | None], ...] = (
     curves,
     growth,
     adaptation,
+    audits,
     registry,
     shape,
     samples,

@@ -127,12 +127,7 @@ class TrainingConfig(Config):
             raise ConfigError(
                 f"batch_size {self.batch_size} is not divisible by micro_batch_size {micro}"
             )
-        dropout = self.layer_dropout
-        if dropout is not None and dropout.scale == "survival_at_eval":
-            raise ConfigError(
-                "layer_dropout.scale: survival_at_eval changes how a model is evaluated, which the "
-                "model that is written would not know; use inverse_keep"
-            )
+        check_exportable(self.layer_dropout)
         return self
 
     def layer_rates(self, num_layers: int) -> LayerRates | None:
@@ -154,6 +149,19 @@ class TrainingConfig(Config):
             return self.max_steps
         assert self.max_tokens is not None
         return -(-self.max_tokens // (self.batch_size * sequence_length))
+
+
+def check_exportable(dropout: LayerDropoutConfig | None) -> None:
+    """Refuse layer dropout whose evaluation the model that is written would not know.
+
+    Raises:
+        ConfigError: If that is so.
+    """
+    if dropout is not None and dropout.scale == "survival_at_eval":
+        raise ConfigError(
+            "layer_dropout.scale: survival_at_eval changes how a model is evaluated, which the "
+            "model that is written would not know; use inverse_keep"
+        )
 
 
 class CheckpointConfig(Config):

@@ -30,7 +30,7 @@ them can be drawn again without those before it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -75,6 +75,7 @@ class LayerDropout:
         *,
         seed: int,
         node: int = 0,
+        trained: Iterable[nn.Parameter] | None = None,
     ) -> None:
         """Attach gates to a model; all layers run until :meth:`hold` is entered.
 
@@ -83,6 +84,7 @@ class LayerDropout:
             config: How much to drop.
             seed: Of the run.
             node: Which machine of a federation, by a number that stays the same over rounds.
+            trained: Parameters that training changes; None: those that ask for a gradient.
 
         Raises:
             ConfigError: If the model's layers cannot be skipped, or the settings do not fit them.
@@ -92,7 +94,9 @@ class LayerDropout:
         self.layers = stack.layers
         self._seed, self._node = seed, node
         self._inverse = config.scale == "inverse_keep"
-        _check(stack, config, self.rates, model)
+        if trained is None:
+            trained = (p for p in model.parameters() if p.requires_grad)
+        _check(stack, config, self.rates, trained)
         at_evaluation = config.scale == "survival_at_eval"
         self._switches = [
             _Switch(tuple_size=stack.tuple_size, evaluation_scale=keep if at_evaluation else 1.0)
@@ -161,6 +165,7 @@ def dropping_layers(
     *,
     seed: int,
     costs: Callable[[Gates], Costs],
+    trained: Iterable[nn.Parameter] | None = None,
 ) -> Iterator[AroundPass | None]:
     """Attach layer dropout during training, and give the loop's hook ``around_pass`` for it.
 
@@ -169,6 +174,7 @@ def dropping_layers(
         config: How much to drop; None: nothing is attached and there is no hook.
         seed: Of the run.
         costs: What a pass costs that runs these layers, as :class:`LayerCosts`.
+        trained: As in :class:`LayerDropout`.
 
     Raises:
         ConfigError: As :class:`LayerDropout`.
@@ -176,7 +182,7 @@ def dropping_layers(
     if config is None:
         yield None
         return
-    with LayerDropout(model, config, seed=seed) as dropout:
+    with LayerDropout(model, config, seed=seed, trained=trained) as dropout:
         yield dropout.around_pass(costs)
 
 
@@ -404,7 +410,10 @@ def _refuse_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 
 def _check(
-    stack: LayerStack, config: LayerDropoutConfig, rates: LayerRates, model: nn.Module
+    stack: LayerStack,
+    config: LayerDropoutConfig,
+    rates: LayerRates,
+    parameters: Iterable[nn.Parameter],
 ) -> None:
     """Refuse what would train something else than asked for."""
     if any(SWITCH in layer.__dict__ for layer in stack.layers):
@@ -420,13 +429,13 @@ def _check(
             f"those of {stack.model_type} normalise it or are not known; use none"
         )
     inside = {id(p) for layer in stack.layers for p in layer.parameters()}
-    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    trained = {id(p) for p in parameters}
     if trained - inside or not trained:
         return
     bare = [
         number
         for number, layer in enumerate(stack.layers)
-        if not any(p.requires_grad for p in layer.parameters())
+        if not any(id(p) in trained for p in layer.parameters())
     ]
     if bare and not rates.always - set(bare) and len(bare) >= (rates.budget or 1):
         raise ConfigError(

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-ROOT = Path(__file__).resolve().parents[2]
+from samara.runs import write_json
+
+from .test_finetune import METHODS, build, rows, run_one, settings
+
+__all__ = ["rows"]  # the fixture
 
 
 @pytest.fixture(scope="module")
-def benchmark_delta() -> Iterator[Any]:
-    spec = importlib.util.spec_from_file_location("benchmark_delta", ROOT / "benchmarks/delta.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def benchmark_delta(benchmark) -> Any:
+    return benchmark("delta")
 
 
 @pytest.mark.parametrize(
@@ -44,3 +39,40 @@ def test_the_smoke_run_measures_sizes_and_times(benchmark_delta, tmp_path, capsy
     assert written["environment"]["commit"]
     assert written["command"].startswith("python benchmarks/delta.py --smoke")
     assert "weights," in capsys.readouterr().out
+
+
+def test_real_changes_are_weighed_beside_pefts_own_file(
+    benchmark, benchmark_delta, rows, tmp_path, capsys
+):
+    base = build("llama_bf16", tmp_path / "base")
+    for method in ("sparse", "shira", "full"):
+        config = settings(base, rows, "question", METHODS[method], training={"max_steps": 2})
+        run_one(config, tmp_path / method)
+    for name, value in (("a", 0.0), ("b", 1.0)):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "config.json", {"model_type": "any"})
+        weights = {"w": torch.zeros(16, 8)}
+        weights["w"].view(-1)[::4] = value
+        save_file(weights, tmp_path / name / "model.safetensors")
+    runs = [f"--run={tmp_path / method}" for method in ("sparse", "shira")]
+    pair = ["--checkpoints", str(tmp_path / "a"), str(tmp_path / "b")]
+    out = tmp_path / "delta-real.json"
+    benchmark_delta.main([*runs, *pair, "--json", str(out), "--note", "Two steps each."])
+    written = json.loads(out.read_text())
+    sparse, shira, between = written["real"]
+    assert sparse["file_bytes"] == (tmp_path / "sparse" / "delta.safetensors").stat().st_size
+    assert sparse["adapter_bytes"] is None
+    adapter = tmp_path / "shira" / "adapter" / "adapter_model.safetensors"
+    assert shira["adapter_bytes"] == adapter.stat().st_size
+    assert 0 < shira["nnz"] <= shira["trained"]
+    assert (between["nnz"], between["sigma"], between["dtype"]) == (32, 1.0, "F32")
+    for row in written["real"]:
+        parts = row["record_bytes"] + row["index_bytes"] + row["value_bytes"]
+        assert parts == row["file_bytes"]
+    assert "as peft wrote it" in capsys.readouterr().out
+    page = benchmark("delta_page").section([written])
+    assert f"{shira['adapter_bytes']:,}" in page
+    assert "Two steps each." in page
+    assert "Of made changes" not in page
+    with pytest.raises(SystemExit, match=r"holds no results\.json"):
+        benchmark_delta.main([f"--run={tmp_path}"])

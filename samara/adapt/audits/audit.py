@@ -15,8 +15,9 @@ from typing import Any, Literal
 import torch
 
 from samara.adapt.audits.bias import Gaps, bias_audits, bias_details, measure_gaps
-from samara.adapt.audits.config import AuditConfig
+from samara.adapt.audits.config import AuditConfig, Precision, Suite
 from samara.adapt.audits.forgetting import forgetting_audit, forgetting_details, measure_loss
+from samara.adapt.audits.seeds import SeedAnswers
 from samara.adapt.audits.stability import (
     Stability,
     measure_stability,
@@ -24,7 +25,7 @@ from samara.adapt.audits.stability import (
     stability_audits,
     stability_details,
 )
-from samara.adapt.audits.subject import Kind, Precision, Subject, open_model
+from samara.adapt.audits.subject import Kind, Subject, open_model
 from samara.adapt.audits.templates import TemplateSet
 from samara.adapt.load import load_finetuned
 from samara.adapt.methods import DELTA
@@ -37,8 +38,6 @@ from samara.runs import read_json
 from samara.sparse.delta import Delta
 from samara.sparse.delta_apply import delta_stack
 from samara.sparse.tensor_files import CheckpointFiles
-
-Suite = Literal["bias", "stability", "forgetting"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +64,7 @@ class Plan:
         config: Limits and sizes.
         device: ``cpu``, ``cuda``, or ``auto``: CUDA if there is one.
         precision: ``float32``, or as the weights are ``stored``.
+        seeds: How trainings that differ in their seed answer; None: that is not looked at.
     """
 
     suites: tuple[Suite, ...]
@@ -73,6 +73,7 @@ class Plan:
     config: AuditConfig = field(default_factory=AuditConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Precision = "float32"
+    seeds: SeedAnswers | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +212,9 @@ def _judge(
         details["bias"] = bias_details(cases, old, after.gaps)
     if after.stability is not None:
         known = before.stability if before else None
-        audits += stability_audits(known, after.stability, plan.config, is_reverted=is_reverted)
+        audits += stability_audits(
+            known, after.stability, plan.config, is_reverted=is_reverted, seeds=plan.seeds
+        )
         details["stability"] = stability_details(known, after.stability)
     if before is not None and before.losses is not None and after.losses is not None:
         audits.append(forgetting_audit(before.losses, after.losses, plan.config))

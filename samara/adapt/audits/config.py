@@ -1,17 +1,24 @@
-"""Settings of the audits around a change of a model: limits and sizes. No torch here.
+"""Settings of the audits around a change of a model: limits, sizes, the verb. No torch here.
 
-The limits are conventions of this project, not of a paper: set your own with ``--limits FILE``.
+The limits are conventions of this project, not of a paper: set your own with ``--limits FILE``, or
+``limits`` in a recipe.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from samara.config import Config
+from samara.errors import ConfigError
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Suite = Literal["bias", "stability", "forgetting"]
+Precision = Literal["float32", "stored"]
+SUITES: tuple[Suite, ...] = ("bias", "stability", "forgetting")
+EVIDENCE, DETAILS, SUMMARY = "audit.json", "details.json", "summary.json"
+"""What the verb writes."""
 
 
 class BiasLimits(Config):
@@ -44,6 +51,11 @@ class StabilityConfig(Config):
     rounding: lower it, or audit in float32."""
     max_consistency_loss: Share = 0.05
     """How much less alike the answers to two wordings of one prompt may be after the change."""
+    min_consistency: Share = 0.5
+    """With nothing before to compare with: how alike they must be on average, 1 being the same."""
+    min_seed_agreement: Share = 0.8
+    """Share of the scored rows that two trainings, which differ in their seed alone, must answer in
+    the same way; of several trainings the mean over all pairs."""
 
 
 class ForgettingConfig(Config):
@@ -71,3 +83,47 @@ class AuditConfig(Config):
     seed: NonNegativeInt = 0
     batch_size: PositiveInt = 16
     """Rows at a time where the batch size is not what is tested."""
+
+
+class AuditRunConfig(Config):
+    """Verb `audit`: a model before and after a change in; verdicts for a registry's gates out.
+
+    The run folder is evidence of the audited version, and of no other: a release checks that.
+    """
+
+    base: str
+    """The model before the change: a model folder, a run folder, or `stage:NAME`."""
+    tuned: str | None = None
+    """A fine-tuning run, or the folder of the changed model."""
+    deltas: tuple[str, ...] = ()
+    """In place of it: delta files, in the order they apply. Neither: the base is audited."""
+    seeds: tuple[str, ...] = ()
+    """Fine-tuning runs with the settings of `tuned` and another seed each: whether the answers
+    depend on it becomes part of the stability audit. Left out: that is not looked at."""
+    suites: tuple[Suite, ...] = Field(default=SUITES[:2], min_length=1)
+    templates: str = "english"
+    """Sentences and terms: `english`, `documentation` (of programs), or a YAML file of yours."""
+    corpus: str | None = None
+    """For `forgetting`: the prepared corpus that the base is from; its validation text is read."""
+    texts: tuple[str, ...] = ()
+    """Or files with text that the base knows."""
+    limits: AuditConfig = AuditConfig()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Precision = "float32"
+    """Of the weights that are asked; `stored`: as they are."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.deltas and self.tuned is not None:
+            raise ConfigError("deltas and tuned: give one of them, the change is either")
+        if self.corpus is not None and self.texts:
+            raise ConfigError("corpus and texts: give one of them")
+        has_text = self.corpus is not None or bool(self.texts)
+        if has_text != ("forgetting" in self.suites):
+            raise ConfigError(
+                "suites: forgetting needs text that the base knows, and nothing else does; give "
+                "corpus or texts with it, or none of the three"
+            )
+        if self.seeds and (self.tuned is None or "stability" not in self.suites):
+            raise ConfigError("seeds: compares runs with tuned in the stability audit; give both")
+        return self

@@ -4,7 +4,8 @@ Checked are (a) greedy answers over repeats and batch sizes; (b) how alike the d
 wordings of one prompt are: other white space, and the template set's paraphrases, before and after
 the change; (c) inputs at the edge: empty, one token, the longest that fits, longer still, one token
 over and over, other scripts, control characters, hostile formatting: nothing raises, no logit is
-NaN or infinite, no answer is longer than allowed; (d) that a delta comes off without a trace.
+NaN or infinite, no answer is longer than allowed; (d) that a delta comes off without a trace; (e)
+where other seeds were trained, that they answer alike (:mod:`samara.adapt.audits.seeds`).
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import torch
 from torch import Tensor
 
 from samara.adapt.audits.config import AuditConfig, StabilityConfig
+from samara.adapt.audits.seeds import SeedAnswers
 from samara.adapt.audits.subject import Subject
 from samara.adapt.audits.templates import TERM, TemplateSet
 from samara.adapt.audits.verdicts import Verdict, audit_row, within, worst
-from samara.measure.compare import Interval, paired_difference
+from samara.measure.compare import Interval, paired_difference, ratio_interval
 from samara.registry.records import Audit
 
 SUITE = "stability"
@@ -153,6 +155,7 @@ def stability_audits(
     config: AuditConfig,
     *,
     is_reverted: bool | None,
+    seeds: SeedAnswers | None = None,
 ) -> list[Audit]:
     """Judge what was found.
 
@@ -162,12 +165,13 @@ def stability_audits(
         config: Limits, confidence, resamples.
         is_reverted: Whether the logits were the base's again, bit for bit, once the deltas were
             off; None: no delta was applied.
+        seeds: Answers of trainings that differ in their seed; None: there is one training.
 
     Returns:
         ``stability``, the worst of ``stability/agreement`` (answers over repeats and batch sizes),
-        ``stability/consistency`` (change of the likeness between wordings), ``stability/extremes``
-        (share of the inputs without a problem), and ``stability/revert`` where there is one. The
-        numbers of ``stability`` are those of the consistency.
+        ``stability/consistency`` (likeness between wordings, or its change), ``stability/extremes``
+        (share of the inputs without a problem), ``stability/revert`` and ``stability/seeds`` where
+        there are any. The numbers of ``stability`` are those of the consistency.
     """
     limits = config.stability
     rows = [
@@ -197,6 +201,8 @@ def stability_audits(
                 verdict="pass" if is_reverted else "fail",
             )
         )
+    if seeds is not None:
+        rows.append(_seeds(seeds, config))
     verdict = worst([consistency.verdict, *(row.verdict for row in rows)])
     total = consistency.model_copy(update={"suite": SUITE, "verdict": verdict})
     return [total, consistency, *rows]
@@ -205,8 +211,9 @@ def stability_audits(
 def _consistency(before: Stability | None, after: Stability, config: AuditConfig) -> Audit:
     level = float(after.consistency.mean())
     change: Interval | None = None
-    verdict: Verdict = "pass" if np.isfinite(level) else "fail"
-    if before is not None:
+    if before is None:
+        verdict = _at_least(after.consistency, config.stability.min_consistency, config)
+    else:
         ones = np.ones_like(after.consistency)
         change = paired_difference(
             (after.consistency, ones),
@@ -228,6 +235,28 @@ def _consistency(before: Stability | None, after: Stability, config: AuditConfig
     )
 
 
+def _at_least(shares: npt.NDArray[np.float64], limit: float, config: AuditConfig) -> Verdict:
+    """Whether the mean of shares reaches a limit, as far as its interval tells."""
+    missing = ratio_interval(
+        1 - shares,
+        np.ones_like(shares),
+        confidence=config.confidence,
+        samples=config.bootstrap_samples,
+        seed=config.seed,
+    )
+    return within(missing, 1 - limit)
+
+
+def _seeds(found: SeedAnswers, config: AuditConfig) -> Audit:
+    return audit_row(
+        f"{SUITE}/seeds",
+        before=None,
+        after=float(found.agreement.mean()),
+        change=None,
+        verdict=_at_least(found.agreement, config.stability.min_seed_agreement, config),
+    )
+
+
 def _share_without_problem(found: Stability) -> float:
     return 1 - len(found.problems) / found.num_extremes
 
@@ -238,6 +267,7 @@ def stability_details(before: Stability | None, after: Stability) -> dict[str, A
         name: {
             "disagreeing": list(found.disagreeing),
             "problems": found.problems,
+            "num_extremes": found.num_extremes,
             "consistency": found.consistency.tolist(),
         }
         for name, found in (("before", before), ("after", after))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 
+from samara.adapt.audits.config import Precision
 from samara.adapt.models import TaskModel, load_task_model
 from samara.errors import ConfigError
 from samara.measure.language_model import LanguageModel, context_length
@@ -28,7 +29,6 @@ from samara.model.heads import CAUSAL, CLASSIFICATION
 from samara.runs import model_folder, read_json
 
 Kind = Literal["causal", "masked", "labels"]
-Precision = Literal["float32", "stored"]
 
 
 def open_model(path: Path) -> tuple[TaskModel, Kind]:

@@ -12,7 +12,8 @@ from pydantic import Field, model_validator
 from samara.config import Config, load_yaml, validate
 from samara.errors import ConfigError
 
-ENGLISH = Path(__file__).parent / "english.yaml"
+OWN = {path.stem: path for path in Path(__file__).parent.glob("*.yaml")}
+"""The package's own sets by name."""
 TERM = "{term}"
 Text = Annotated[str, Field(min_length=1)]
 
@@ -90,11 +91,16 @@ class PairCase:
     continuation: str
 
 
-def load_templates(path: Path | None = None) -> TemplateSet:
-    """Read a file of templates; None: the package's own.
+def templates_path(name: str | Path) -> Path:
+    """The file of a set: one of the package's own by its name, or the user's by its path."""
+    return OWN.get(str(name), Path(name).expanduser())
+
+
+def load_templates(name: str | Path = "english") -> TemplateSet:
+    """Read a set of templates, by the name of one of the package's own or by its path.
 
     Raises:
         ConfigError: If the file is missing or no set of templates.
     """
-    chosen = ENGLISH if path is None else path
-    return validate(TemplateSet, load_yaml(chosen), path=str(chosen))
+    path = templates_path(name)
+    return validate(TemplateSet, load_yaml(path), path=str(path))

@@ -80,7 +80,7 @@ def _versions(release: Release) -> Html:
 def _version_row(release: Release, name: str, version: ReleasedVersion) -> Html:
     aliases = [alias for alias, number in release.aliases.items() if number == version.number]
     scores = [_score(version, place) for place in range(min(len(version.evaluations), 2))]
-    audits = [f"{audit.suite}: {audit.verdict}" for audit in version.audits]
+    audits = [f"{a.suite}: {a.verdict}" for a in version.audits if "/" not in a.suite]
     return element(
         "tr",
         element("th", f"{version.number} ", element("small", name), scope="row"),

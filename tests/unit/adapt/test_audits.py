@@ -15,6 +15,7 @@ from samara.adapt.audits.audit import Change, Plan, audit
 from samara.adapt.audits.bias import Gaps, bias_audits, measure_gaps
 from samara.adapt.audits.config import AuditConfig
 from samara.adapt.audits.forgetting import TextRows, forgetting_audit, measure_loss, read_texts
+from samara.adapt.audits.seeds import SeedAnswers
 from samara.adapt.audits.stability import (
     Stability,
     extreme_inputs,
@@ -23,7 +24,7 @@ from samara.adapt.audits.stability import (
     stability_audits,
 )
 from samara.adapt.audits.subject import Subject, open_model
-from samara.adapt.audits.templates import TemplateSet, load_templates
+from samara.adapt.audits.templates import OWN, TemplateSet, load_templates
 from samara.adapt.audits.verdicts import within
 from samara.config import validate
 from samara.errors import CheckpointError, ConfigError, DataError, WrongBase
@@ -177,6 +178,28 @@ def test_stability_is_as_good_as_its_worst_part(after, is_reverted, failing):
 # --- models ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("likeness", "agreement", "verdict", "which"),
+    [
+        (0.9, 0.95, "pass", "consistency"),
+        (0.4, 0.95, "fail", "consistency"),
+        (0.9, 0.2, "fail", "seeds"),
+    ],
+)
+def test_without_a_before_levels_are_judged(likeness, agreement, verdict, which):
+    after = stable(consistency=np.full(8, likeness))
+    seeds = SeedAnswers(seeds=(1, 2), agreement=np.full(20, agreement))
+    found = stability_audits(None, after, CONFIG, is_reverted=None, seeds=seeds)
+    verdicts = {row.suite: row.verdict for row in found}
+    assert verdicts["stability"] == verdicts[f"stability/{which}"] == verdict
+
+
+def test_few_rows_decide_nothing_about_seeds():
+    seeds = SeedAnswers(seeds=(1, 2), agreement=np.array([1.0, 0.0, 1.0, 1.0, 1.0]))
+    found = stability_audits(None, stable(), CONFIG, is_reverted=None, seeds=seeds)
+    assert found[0].verdict == "inconclusive"
+
+
 def test_equal_words_have_no_gap_and_an_injected_one_is_found(pair, templates):
     base, biased = pair
     cases = list(templates.cases())
@@ -287,6 +310,14 @@ def test_the_loss_of_text_is_over_the_same_tokens_for_both_models(pair, kind):
 
 
 # --- what a user can mend -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(OWN))
+def test_the_packages_sets_fit_the_rules(name):
+    found = load_templates(name)
+    assert len(found.attributes) >= 7
+    assert len(found.paraphrases) >= 10
+    assert all("{term}" not in text for case in found.cases() for text in case.contexts)
 
 
 def test_the_english_set_is_whole():

@@ -15,6 +15,7 @@ from samara.report.config import ReportConfig
 from samara.report.inputs import read_inputs
 from samara.report.page import render_page
 from samara.report.sections.adaptation import adaptation
+from samara.report.sections.audits import audits
 from samara.report.sections.registry import registry
 from samara.runs import RunFolder, write_json
 
@@ -146,6 +147,7 @@ def words(text: str) -> str:
 def test_without_runs_there_is_no_section(quickstart):
     found = read_inputs(*quickstart())
     assert adaptation(found) is None
+    assert audits(found) is None
     assert registry(found) is None
 
 
@@ -209,6 +211,51 @@ def test_versions_gates_promotions_and_the_way_back(inputs):
     assert "<b>a drill" not in markup
 
 
+def audit_summary(**scope: Any) -> dict[str, Any]:
+    def row(suite: str, after: float, verdict: str, **more: Any) -> dict[str, Any]:
+        found = {"suite": suite, "before": None, "after": after, "verdict": verdict}
+        return {**found, "ci_of_change": None, **more}
+
+    return {
+        "schema": 1,
+        "identity": "a" * 64,
+        "audits": [
+            row("bias", 0.08, "fail"),
+            row("bias/age", 0.05, "pass", before=0.04, ci_of_change=[0.0, 0.02]),
+            row("stability", 0.75, "pass"),
+            row("stability/extremes", 1.0, "pass"),
+        ],
+        "scope": {
+            "templates": "documentation", "language": "en", "attributes": ["age", "income"],
+            "confidence": 0.95, "unit": "probability", "pairs_of_texts": 40, "prompts": 12,
+            "pairs_of_wordings": 30, "batch_sizes": [1, 16], "repeats": 1, "extreme_inputs": 20,
+            "other_seeds": 0, **scope,
+        },
+    }  # fmt: skip
+
+
+def test_audits_say_what_was_looked_at_and_what_was_not(inputs, tmp_path):
+    folders = {}
+    for name, found in (("sparse", audit_summary()), ("full", audit_summary(other_seeds=2))):
+        write_json(tmp_path / f"audit-{name}" / "summary.json", found)
+        folders[name] = str(tmp_path / f"audit-{name}")
+    (tmp_path / "later").mkdir()
+    found = inputs(audits={**folders, "later": str(tmp_path / "later")})
+    text = words(audits(found).render())
+    assert "bias gap between two protected terms, mean fail 0.080 fail 0.080" in text
+    assert "age pass 0.040 \u2192 0.050, change [0.000, 0.020]" in text
+    assert "stability worst of what follows pass pass" in text
+    assert (
+        "sparse: 40 pairs of texts on age and income (set \u201cdocumentation\u201d, en), gaps in "
+        "probability moved from one label to others; 12 prompts at batch sizes 1 and 16, 1 run "
+        "each; 30 pairs of wordings; 20 extreme inputs; other seeds not compared. Intervals of "
+        "95 %." in text
+    )
+    assert "2 other seeds compared" in text
+    assert "later is not audited yet (unfinished)." in text
+    assert '<a href="#audits">Audits</a>' in render_page(found)
+
+
 def test_a_damaged_registry_is_said(inputs):
     text = words(registry(inputs(release={**RELEASE, "problems": ["package:1: gone"]})).render())
     assert "Damaged: package:1: gone." in text
@@ -221,7 +268,11 @@ def test_a_release_that_has_not_finished(inputs):
 
 @pytest.mark.parametrize(
     ("settings", "key"),
-    [({"finetuning": {"a": "/nowhere"}}, "finetuning.a"), ({"release": "/nowhere"}, "release")],
+    [
+        ({"finetuning": {"a": "/nowhere"}}, "finetuning.a"),
+        ({"release": "/nowhere"}, "release"),
+        ({"audits": {"a": "/nowhere"}}, "audits.a"),
+    ],
 )
 def test_folders_that_do_not_exist(tmp_path, settings, key):
     with pytest.raises(CheckpointError, match=f"report.{key}: /nowhere: no such folder"):
