@@ -446,6 +446,7 @@ def _prediction(case: Case, trained: Trained, kept: int) -> dict[str, Any]:
     Compiled layers recompute as they like, and have none. Under checkpointing each layer's input is
     kept, and of one layer all.
     """
+    from samara.measure.memory import CUBLAS_HANDLES, CUBLAS_WORKSPACE
     from samara.sparse.memory import logits_bytes
 
     shape = SHAPES[case.shape]
@@ -459,6 +460,8 @@ def _prediction(case: Case, trained: Trained, kept: int) -> dict[str, Any]:
         element_size=trained.model.dtype.itemsize,
     )
     work = max(trained.tile_bytes, logits)
+    if case.device == "cuda":
+        work += CUBLAS_HANDLES * CUBLAS_WORKSPACE
     fixed = trained.weights_bytes + trained.added_bytes + trained.moments_bytes()
     # Gradients of all weights come as the activations go.
     beside = max if case.method == "full" else lambda *parts: sum(parts)
