@@ -6,7 +6,8 @@ nothing. The weights themselves hold the rounded values at all times, so forward
 saving need no merge.
 
 Why values in float32: a bfloat16 weight of 0.02 has steps of about 1e-4; most updates are smaller
-and would be rounded away one by one.
+and would be rounded away one by one. Why moments in float32, too: in 8 bits they would save 6 bytes
+an entry, at half a percent of a billion weights 29 MB beside 2.5 GB of weights alone.
 
 AdamW: arXiv 1711.05101, in the order of operations of ``torch.optim.AdamW``, which training with
 all entries selected reproduces bit for bit. What differs: weight decay pulls towards the base
