@@ -446,11 +446,22 @@ def _prediction(case: Case, trained: Trained, kept: int) -> dict[str, Any]:
     Compiled layers recompute as they like, and have none. Under checkpointing each layer's input is
     kept, and of one layer all.
     """
+    from samara.measure.memory import CUBLAS_HANDLES, CUBLAS_WORKSPACE
+    from samara.sparse.memory import logits_bytes
+
     shape = SHAPES[case.shape]
     if case.variant.endswith("checkpointed"):
         stream = case.batch * case.length * shape.width * trained.model.dtype.itemsize
         kept = shape.layers * stream + kept // shape.layers
-    work = max(trained.tile_bytes, _loss_bytes(case, trained.model.dtype.itemsize))
+    logits = logits_bytes(
+        tokens=case.batch * case.length,
+        vocabulary=shape.vocabulary,
+        device="cuda" if case.device == "cuda" else "cpu",
+        element_size=trained.model.dtype.itemsize,
+    )
+    work = max(trained.tile_bytes, logits)
+    if case.device == "cuda":
+        work += CUBLAS_HANDLES * CUBLAS_WORKSPACE
     fixed = trained.weights_bytes + trained.added_bytes + trained.moments_bytes()
     # Gradients of all weights come as the activations go.
     beside = max if case.method == "full" else lambda *parts: sum(parts)
@@ -461,14 +472,3 @@ def _prediction(case: Case, trained: Trained, kept: int) -> dict[str, Any]:
         "workspace_bytes": work,
         "predicted_bytes": None if is_compiled else total,
     }
-
-
-def _loss_bytes(case: Case, itemsize: int) -> int:
-    """The logits in hand of the chunked cross-entropy."""
-    from samara.model.cross_entropy import CHUNK_ELEMENTS
-
-    tokens, vocabulary = case.batch * case.length, SHAPES[case.shape].vocabulary
-    rows = min(tokens, max(1, CHUNK_ELEMENTS[case.device] // vocabulary))
-    exact = 3 if rows < tokens else 2  # logits, log-probabilities, those of the chunk before
-    own = 0 if itemsize == 4 else exact - 1
-    return rows * vocabulary * (4 * exact + itemsize * own)

@@ -26,21 +26,14 @@ from transformers.pytorch_utils import Conv1D
 
 from samara.errors import ConfigError, did_you_mean
 from samara.model.cola import LowRankLinear
-from samara.sparse.gradients import (
-    EmbeddingPlan,
-    InputSlice,
-    Plan,
-    make_embedding_plan,
-    make_plan,
-    tap,
-    tap_embedding,
-)
+from samara.sparse.gradients import KeptInput, Plan, make_plan, tap
+from samara.sparse.gradients_embedding import EmbeddingPlan, make_embedding_plan, tap_embedding
 from samara.sparse.support import Support
 from samara.sparse.update import Selected
 from samara.train.objective import output_weight
 
 GradientPath = Literal["auto", "dense"]
-Slices = dict[bytes, InputSlice]
+Kept = dict[bytes, KeptInput]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +72,7 @@ class Attachment:
         }
         self.plans: dict[str, Plan | EmbeddingPlan] = {}
         self._removers: list[Callable[[], None]] = []
-        self._slices: Slices = {}
+        self._kept: Kept = {}
         for parameter in parameters.values():
             parameter.requires_grad_(False)
         self._connect()
@@ -160,7 +153,7 @@ class Attachment:
                 self._removers.append(_gather_dense(entry))
                 continue
             for use in modules:
-                plan, remover = _tap(use, entry, self._slices)
+                plan, remover = _tap(use, entry, self._kept)
                 self.plans[entry.name] = plan
                 self._removers.append(remover)
 
@@ -169,7 +162,7 @@ class Attachment:
             remove()
         self._removers.clear()
         self.plans.clear()
-        self._slices.clear()
+        self._kept.clear()
 
 
 def check_support(model: nn.Module, support: Support) -> None:
@@ -218,7 +211,7 @@ def _can_tap(use: Use) -> bool:
 
 
 def _tap(
-    use: Use, entry: Selected, slices: Slices
+    use: Use, entry: Selected, shared: Kept
 ) -> tuple[Plan | EmbeddingPlan, Callable[[], None]]:
     if isinstance(use.module, nn.Embedding):
         rows = make_embedding_plan(
@@ -228,10 +221,8 @@ def _tap(
             use.module, lambda output, ids: tap_embedding(output, ids, entry.values, rows)
         )
     plan = make_plan(entry.support, input_dim=input_dim(use), positions=entry.index)
-    kept = None
-    if plan.inputs is not None:
-        columns = plan.inputs.cpu().numpy().tobytes()
-        kept = slices.setdefault(columns, InputSlice(plan.inputs))
+    columns = b"" if plan.inputs is None else plan.inputs.cpu().numpy().tobytes()
+    kept = shared.setdefault(columns, KeptInput(plan.inputs))
 
     def tapped(output: Tensor, source: Tensor) -> Tensor:
         return tap(output, source, entry.values, plan, kept)

@@ -13,7 +13,7 @@ weights are done in several passes, and only the scores of a pass are kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -37,12 +37,20 @@ class Calibration:
     Attributes:
         objective: From model and batch to summed losses.
         samples: One row each; a sample without targets is left out.
-        precision: ``bfloat16``: autocast in the forward pass.
+        precision: ``bfloat16``: autocast in the forward pass, on a GPU. On CPU the statistics are
+            taken in the weights' own dtype: oneDNN generates code for every bfloat16 product of
+            another shape and keeps it (half a megabyte each, see :mod:`samara.measure.memory`), and
+            samples come one at a time in many lengths. At 3 M weights that code was 120 MB, more
+            than all of training, for as long as the process lived.
     """
 
     objective: Objective
     samples: Sequence[Batch]
     precision: Precision = "float32"
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[object]:
+        """The context of a forward pass on a device."""
+        return autocast(device, "float32" if device.type == "cpu" else self.precision)
 
 
 class GradientSums:
@@ -152,7 +160,7 @@ def gradient_sums(
             if not num_targets:
                 continue
             on_device = {name: tensor.to(device) for name, tensor in sample.items()}
-            with autocast(device, calibration.precision):
+            with calibration.autocast(device):
                 loss = calibration.objective(model, on_device).loss
             torch.autograd.backward(loss / num_targets)
             used += 1

@@ -15,7 +15,12 @@ R = dL/dy. How the selected entries are had, by the support:
              shrinks, only the slice of it is kept for backward. A support of whole rows or columns
              is then the product itself.
     tiles    L^T R in tiles of rows into a bounded workspace; each tile's entries are gathered.
+    dots     few entries on a CPU: of each the product of a column of L and one of R.
     blocks   s x s blocks: a batched product of gathered strips, no dense tile at all.
+
+On a GPU dots lose: gathered columns are written and read again, which takes longer than the whole
+product above a density of about 0.08 % (estimated: 600 TFLOP/s, 3 TB/s). A kernel that gathers
+into registers would move that to 0.2 to 0.4 %, below the usual half a percent; there is none.
 
 The reference is the dense path (:mod:`samara.sparse.attach`): autograd's whole gradient, gathered
 and freed at once; it serves every other module.
@@ -26,7 +31,6 @@ Shapes: n tokens, r rows and c columns of the weight as stored, k entries, s sid
 from __future__ import annotations
 
 import itertools
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +38,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
+from torch.utils.weak import TensorWeakRef
 
+from samara.model.autocast import compute_dtype
 from samara.sparse.support import TensorSupport
 
 WORKSPACE_BYTES = 128 * 2**20
@@ -44,6 +50,20 @@ SLICE_SHARE = 0.75
 MAX_BLOCK_READS = 4.0
 """Use the batched product over blocks while its strips are at most this many times L and R.
 Estimated: a batched product of gathered strips is bound by memory, a dense one by arithmetic."""
+LEAST_TILE = {"cuda": 64}
+"""By device: side of the smallest tile that a product is computed in; smaller blocks cost as
+much."""
+ALIGNMENT = {"cuda": 8}
+"""By device: slices are filled up to a multiple of so many features. A bfloat16 matrix whose rows
+do not begin at multiples of 16 bytes takes cuBLAS's slow kernels."""
+TILE_STEP = 64
+"""Tiles have a multiple of so many rows, for the same reason."""
+DOTS_SHARE = {torch.bfloat16: 0.003, torch.float32: 0.008, torch.float64: 0.008}
+"""On a CPU: take dots up to this share of the entries of L^T R, by dtype. Measured on one core of
+an AMD EPYC (512 to 2048 rows and columns, 256 to 2048 tokens): at 0.5 % in float32 dots take 0.4 to
+0.6 of the time of tiles, and as long at 0.9 %; a bfloat16 product takes half of a float32 one."""
+DOTS_BYTES = 2 * 2**20
+"""What dots gather at once, so that it is still in the cache when it is multiplied."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +78,7 @@ class Plan:
             the whole of it. For blocks: where each entry stands among the blocks' entries.
         bounds: Entries before each tile of rows, int64 on the CPU; for blocks empty.
         tile_rows: Rows of a tile.
+        width: Columns of the sliced matrix that are not there to fill it up.
         block: Side of the blocks; 1: tiles.
         block_rows: Row of each block in the grid of blocks, int32 (blocks only).
         block_columns: Its column, int32 (blocks only).
@@ -69,6 +90,7 @@ class Plan:
     index: Tensor
     bounds: Tensor
     tile_rows: int
+    width: int = 0
     block: int = 1
     block_rows: Tensor | None = None
     block_columns: Tensor | None = None
@@ -99,38 +121,53 @@ def make_plan(support: TensorSupport, *, input_dim: int, positions: Tensor) -> P
     if block is not None:
         return block
     row, column = index // num_columns, index % num_columns
-    rows, row = _used(row, num_rows)
-    columns, column = _used(column, num_columns)
-    height = num_rows if rows is None else rows.numel()
-    width = num_columns if columns is None else columns.numel()
-    inner = row * width + column
-    tile_rows = max(1, min(height, WORKSPACE_BYTES // (4 * width)))
-    edges = torch.arange(0, height + tile_rows, tile_rows) * width
-    if index.numel() == height * width:
+    rows, row = _used(row, num_rows, device)
+    columns, column = _used(column, num_columns, device)
+    height = int(row.max()) + 1 if rows is not None else num_rows
+    width = int(column.max()) + 1 if columns is not None else num_columns
+    stride = num_columns if columns is None else columns.numel()
+    is_whole = index.numel() == height * width
+    inner = row * (width if is_whole else stride) + column
+    tile_rows = _tile_rows(height, stride)
+    edges = torch.arange(0, height + tile_rows, tile_rows) * (width if is_whole else stride)
+    if is_whole:
         places = positions[:0]
     elif rows is None and columns is None:
         places = positions
     else:
-        places = _int32(inner, device)
+        places = as_int32(inner, device)
     return Plan(
         input_dim=input_dim,
-        rows=_int32(rows, device),
-        columns=_int32(columns, device),
+        rows=as_int32(rows, device),
+        columns=as_int32(columns, device),
         index=places,
         bounds=torch.searchsorted(inner, edges),
         tile_rows=tile_rows,
+        width=width,
     )
 
 
-def _used(coordinate: Tensor, size: int) -> tuple[Tensor | None, Tensor]:
-    """The distinct coordinates and each entry's place among them; None if most are used."""
+def _tile_rows(height: int, width: int) -> int:
+    """Rows of a tile that fits the workspace, in float32 or less."""
+    fitting = max(1, min(height, WORKSPACE_BYTES // (4 * width)))
+    is_one_tile_or_tiny = fitting == height or fitting < TILE_STEP
+    return fitting if is_one_tile_or_tiny else fitting // TILE_STEP * TILE_STEP
+
+
+def _used(coordinate: Tensor, size: int, device: torch.device) -> tuple[Tensor | None, Tensor]:
+    """The distinct coordinates and each entry's place among them; None if most are used.
+
+    The last one is repeated to fill the slice up; no entry has its place there.
+    """
     distinct, place = torch.unique(coordinate, return_inverse=True)
     if distinct.numel() > SLICE_SHARE * size:
         return None, coordinate
-    return distinct, place
+    missing = -distinct.numel() % ALIGNMENT.get(device.type, 1)
+    return torch.cat([distinct, distinct[-1:].expand(missing)]), place
 
 
-def _int32(tensor: Tensor | None, device: torch.device) -> Any:
+def as_int32(tensor: Tensor | None, device: torch.device) -> Any:
+    """Positions as plans keep them: half the bytes of int64."""
     return None if tensor is None else tensor.to(device=device, dtype=torch.int32)
 
 
@@ -145,42 +182,58 @@ def _block_plan(support: TensorSupport, *, input_dim: int, device: torch.device)
     assert blocks.numel() * side * side == support.index.numel(), "entries form whole blocks"
     if 2 * blocks.numel() * side > MAX_BLOCK_READS * (num_rows + num_columns):
         return None
+    if 2 * blocks.numel() * max(side, LEAST_TILE.get(device.type, 1)) ** 2 > num_rows * num_columns:
+        return None  # no less arithmetic than half of the whole product: gathering eats that up
     return Plan(
         input_dim=input_dim,
         rows=None,
         columns=None,
-        index=_int32(place * side * side + (row % side) * side + column % side, device),
+        index=as_int32(place * side * side + (row % side) * side + column % side, device),
         bounds=torch.empty(0, dtype=torch.int64),
         tile_rows=0,
         block=side,
-        block_rows=_int32(blocks // grid_columns, device),
-        block_columns=_int32(blocks % grid_columns, device),
+        block_rows=as_int32(blocks // grid_columns, device),
+        block_columns=as_int32(blocks % grid_columns, device),
     )
 
 
-class InputSlice:
-    """The columns of a layer's input that are kept for backward.
+class KeptInput:
+    """What is kept of a layer's input for backward: its columns with entries, as it is multiplied.
 
-    Layers that read the same tensor and keep the same columns share one slice of it.
+    Under autocast a float32 input is kept in bfloat16, as the layer's own product reads it. Layers
+    that read the same tensor and keep the same columns share one copy. It is autograd's: held here
+    it would outlive backward, and under checkpointing be all layers' at once.
     """
 
-    def __init__(self, inputs: Tensor) -> None:
+    def __init__(self, inputs: Tensor | None) -> None:
         self._inputs = inputs
-        self._source: weakref.ref[Tensor] | None = None
-        self._slice: Tensor | None = None
+        self._source: TensorWeakRef | None = None
+        self._copy: TensorWeakRef | None = None
 
     def take(self, source: Tensor) -> Tensor:
-        """The slice (..., j) of ``source`` (..., in)."""
-        if torch.compiler.is_compiling():  # the compiler finds equal slices by itself
-            return source.index_select(-1, self._inputs)
-        if self._slice is None or self._source is None or self._source() is not source:
-            self._slice = source.detach().index_select(-1, self._inputs)
-            self._source = weakref.ref(source)
-        return self._slice
+        """The part (..., j) of ``source`` (..., in), detached."""
+        dtype = compute_dtype(source) if source.dtype == torch.float32 else source.dtype
+        if self._inputs is None and source.dtype == dtype:
+            return source.detach()
+        if torch.compiler.is_compiling():  # the compiler finds equal copies by itself
+            return self._make(source, dtype)
+        if self._source is not None and self._copy is not None and self._source() is source:
+            copy: Tensor | None = self._copy()
+            if copy is not None and copy.dtype == dtype:
+                return copy
+        made = self._make(source, dtype)
+        self._source, self._copy = TensorWeakRef(source), TensorWeakRef(made)
+        return made
+
+    def _make(self, source: Tensor, dtype: torch.dtype) -> Tensor:
+        part = source.detach()
+        if self._inputs is not None:
+            part = part.index_select(-1, self._inputs)
+        return part.to(dtype)
 
 
 def tap(
-    output: Tensor, source: Tensor, values: Tensor, plan: Plan, kept: InputSlice | None = None
+    output: Tensor, source: Tensor, values: Tensor, plan: Plan, kept: KeptInput | None = None
 ) -> Tensor:
     """Return ``output``, through which ``values`` get the gradient of their weight's entries.
 
@@ -189,18 +242,17 @@ def tap(
         source: Its input (..., in).
         values: The trained values (k,), float32; not read, they are in the weight.
         plan: From :func:`make_plan`.
-        kept: Takes the slice of the input, where the plan has one; left out: a slice of its own.
+        kept: Takes what is kept of the input; left out: by itself.
     """
-    if plan.inputs is not None:
-        source = (kept or InputSlice(plan.inputs)).take(source)
     result: Tensor = _Tap.apply(  # type: ignore[no-untyped-call]
         output,
-        source.detach(),
+        (kept or KeptInput(plan.inputs)).take(source),
         values,
         plan.outputs,
         plan.index,
         plan.bounds,
         plan.tile_rows,
+        plan.width,
         plan.block,
         plan.block_rows,
         plan.block_columns,
@@ -222,13 +274,14 @@ class _Tap(torch.autograd.Function):
         index: Tensor,
         bounds: Tensor,
         tile_rows: int,
+        width: int,
         block: int,
         block_rows: Tensor | None,
         block_columns: Tensor | None,
         input_dim: int,
     ) -> Tensor:
         ctx.save_for_backward(source, outputs, index, bounds, block_rows, block_columns)
-        ctx.settings = tile_rows, block, input_dim
+        ctx.settings = tile_rows, width, block, input_dim
         ctx.num_values, ctx.dtype = values.numel(), values.dtype
         return output.view_as(output)
 
@@ -236,56 +289,95 @@ class _Tap(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         source, outputs, index, bounds, block_rows, block_columns = ctx.saved_tensors
-        tile_rows, block, input_dim = ctx.settings
+        tile_rows, width, block, input_dim = ctx.settings
         used = grad_output if outputs is None else grad_output.index_select(-1, outputs)
         inner = source.flatten(0, -2).to(used.dtype), used.flatten(0, -2)
         left, right = inner if input_dim == 0 else inner[::-1]
         if block > 1:
             grad = selected_blocks(left, right, index, block_rows, block_columns, block)
         else:
-            grad = selected_entries(left, right, index, bounds, tile_rows, ctx.num_values)
+            grad = selected_entries(left, right, index, bounds, tile_rows, width, ctx.num_values)
         grad_values = grad.to(ctx.dtype)
         passed = grad_output if ctx.needs_input_grad[0] else None
-        return passed, None, grad_values, *([None] * 8)
+        return passed, None, grad_values, *([None] * 9)
 
 
 @torch.library.custom_op("samara::selected_entries", mutates_args=())
 def selected_entries(
-    left: Tensor, right: Tensor, index: Tensor, bounds: Tensor, tile_rows: int, num_values: int
+    left: Tensor,
+    right: Tensor,
+    index: Tensor,
+    bounds: Tensor,
+    tile_rows: int,
+    width: int,
+    num_values: int,
 ) -> Tensor:
-    """Entries of L^T R by tiles of rows: (k,) float32, or float64 for float64.
+    """Entries of L^T R, by dots or by tiles of rows: (k,) float32, or float64 for float64.
 
     Args:
         left: L (n, r).
         right: R (n, c).
-        index: Positions in L^T R (k,), int32, ascending; empty: all of them.
+        index: Positions in L^T R (k,), int32, ascending; empty: all of its first columns.
         bounds: Entries before each tile.
         tile_rows: Rows of a tile.
+        width: How many columns these are; what follows fills R up.
         num_values: k.
     """
-    exact = _exact(left)
-    width = right.shape[1]
-    out = torch.empty(num_values, dtype=exact, device=left.device)
+    if takes_dots(left, right, index):
+        return _dots(left, right, index)
+    stride = right.shape[1]
+    out = torch.empty(num_values, dtype=_exact(left), device=left.device)
     edges = bounds.tolist()
     for tile, (low, high) in enumerate(itertools.pairwise(edges)):
         if low == high:
             continue
         first = tile * tile_rows
-        dense = (left[:, first : first + tile_rows].T @ right).flatten()
+        dense = left[:, first : first + tile_rows].T @ right
         if index.numel():
-            dense = dense.index_select(0, index[low:high] - first * width)
-            out[low:high] = dense
+            places = index[low:high] - first * stride if first else index[low:high]
+            out[low:high] = dense.flatten().index_select(0, places)
         else:
-            out[first * width : first * width + dense.numel()] = dense
+            out[low:high].view(-1, width).copy_(dense[: (high - low) // width, :width])
     return out
 
 
 @selected_entries.register_fake
 def _(
-    left: Tensor, right: Tensor, index: Tensor, bounds: Tensor, tile_rows: int, num_values: int
+    left: Tensor,
+    right: Tensor,
+    index: Tensor,
+    bounds: Tensor,
+    tile_rows: int,
+    width: int,
+    num_values: int,
 ) -> Tensor:
-    del right, index, bounds, tile_rows
+    del right, index, bounds, tile_rows, width
     return left.new_empty(num_values, dtype=_exact(left))
+
+
+def takes_dots(left: Tensor, right: Tensor, index: Tensor) -> bool:
+    """Whether so few entries are asked for that their own products are less work than all."""
+    tokens, rows, columns = left.shape[0], left.shape[1], right.shape[1]
+    exact = _exact(left).itemsize
+    return (
+        left.device.type == "cpu"
+        and 0 < index.numel() <= DOTS_SHARE.get(left.dtype, 0.0) * rows * columns
+        and exact * tokens * (rows + columns) <= WORKSPACE_BYTES  # L and R are turned around
+    )
+
+
+def _dots(left: Tensor, right: Tensor, index: Tensor) -> Tensor:
+    """Entries of L^T R, each by itself, in float32 or better."""
+    exact, columns = _exact(left), right.shape[1]
+    # A column of L or R is then a row, which is read at once.
+    left_rn, right_cn = (side.T.to(exact).contiguous() for side in (left, right))
+    out = torch.empty(index.numel(), dtype=exact, device=left.device)
+    size = max(1, DOTS_BYTES // (2 * exact.itemsize * max(1, left.shape[0])))
+    for span in (slice(first, first + size) for first in range(0, index.numel(), size)):
+        l_k1n = left_rn.index_select(0, index[span] // columns)[:, None, :]
+        r_kn1 = right_cn.index_select(0, index[span] % columns)[:, :, None]
+        out[span] = torch.bmm(l_k1n, r_kn1).flatten()
+    return out
 
 
 @torch.library.custom_op("samara::selected_blocks", mutates_args=())
@@ -338,9 +430,11 @@ def _exact(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-@register_flop_formula(torch.ops.samara.selected_entries)
-def _flops(left_shape: torch.Size, right_shape: torch.Size, *_: Any, **__: Any) -> int:
-    return 2 * left_shape.numel() * right_shape[1]
+@register_flop_formula(torch.ops.samara.selected_entries, get_raw=True)
+def _flops(left: Tensor, right: Tensor, index: Tensor, *_: Any, **__: Any) -> int:
+    if takes_dots(left, right, index):
+        return 2 * left.shape[0] * index.numel()
+    return 2 * left.numel() * right.shape[1]
 
 
 @register_flop_formula(torch.ops.samara.selected_blocks)
@@ -349,72 +443,3 @@ def _block_flops(
 ) -> int:
     del right_shape
     return 2 * left_shape[0] * index_shape[0]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EmbeddingPlan:
-    """How the selected gradient of an embedding is computed.
-
-    Attributes:
-        rows: Vocabulary rows that hold entries, ascending, int64.
-        index: Positions of the entries in the matrix of these rows, int32.
-        padding_idx: The row that gets no gradient; None: there is none.
-    """
-
-    rows: Tensor
-    index: Tensor
-    padding_idx: int | None
-
-
-def make_embedding_plan(
-    support: TensorSupport, *, padding_idx: int | None, device: torch.device
-) -> EmbeddingPlan:
-    """The plan of an embedding (v, d)."""
-    width = support.shape[1]
-    rows, place = torch.unique(support.index // width, return_inverse=True)
-    return EmbeddingPlan(
-        rows=rows.to(device),
-        index=_int32(place * width + support.index % width, device),
-        padding_idx=padding_idx,
-    )
-
-
-def tap_embedding(output: Tensor, ids: Tensor, values: Tensor, plan: EmbeddingPlan) -> Tensor:
-    """:func:`tap` of an embedding: ``ids`` (...) chose the rows of ``output`` (..., d)."""
-    result: Tensor = _EmbeddingTap.apply(  # type: ignore[no-untyped-call]
-        output, ids, values, plan.rows, plan.index, plan.padding_idx
-    )
-    return result
-
-
-class _EmbeddingTap(torch.autograd.Function):
-    """Identity on the embedded tokens; in backward the gradient of the selected rows' entries."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        output: Tensor,
-        ids: Tensor,
-        values: Tensor,
-        rows: Tensor,
-        index: Tensor,
-        padding_idx: int | None,
-    ) -> Tensor:
-        ctx.save_for_backward(ids, rows, index)
-        ctx.padding_idx, ctx.dtype = padding_idx, values.dtype
-        return output.view_as(output)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        ids, rows, index = ctx.saved_tensors
-        none = rows.numel()  # the place of rows without entries, which the sum leaves out
-        place = torch.searchsorted(rows, ids.contiguous()).clamp(max=none - 1)
-        is_used = rows[place] == ids
-        if ctx.padding_idx is not None:
-            is_used &= ids != ctx.padding_idx
-        place = torch.where(is_used, place, none)
-        dense = torch.ops.aten.embedding_dense_backward(grad_output, place, none + 1, none, False)
-        grad_values = dense.flatten().index_select(0, index).to(ctx.dtype)
-        passed = grad_output if ctx.needs_input_grad[0] else None
-        return passed, None, grad_values, None, None, None

@@ -7,7 +7,8 @@ moments 8, gradient 4, and the base model's number as stored (2): 22 in bfloat16
 Blocks, and supports that are sliced but not whole in the slice (two-level), keep a second position
 (26).
 activations: those of the layers from the lowest selected one up; a tap keeps its layer's input, or
-only the columns that hold entries. workspace: one tile of a dense gradient.
+only the columns that hold entries. workspace: one tile of a dense gradient, or the logits that the
+chunked cross-entropy has in hand, whichever is larger: the two are never there at once.
 
 For comparison: full fine-tuning with AdamW in mixed precision takes 16 bytes a weight, LoRA 2 a
 weight and 16 a parameter of its own.
@@ -16,7 +17,9 @@ weight and 16 a parameter of its own.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+from samara.model.cross_entropy import CHUNK_ELEMENTS
 from samara.sparse.attach import Attachment
 from samara.sparse.gradients import WORKSPACE_BYTES, Plan
 
@@ -32,7 +35,7 @@ class SparseMemory:
         weights: Of the model, all frozen.
         state: Of the selected entries: positions, values, moments, gradients, base numbers.
         activations: What forward leaves for backward.
-        workspace: The largest tile.
+        workspace: The largest tile, or the logits of a chunk.
     """
 
     weights: int
@@ -54,6 +57,7 @@ def sparse_memory(
     sliced_entries: int = 0,
     activations: int = 0,
     largest_matrix: int | None = None,
+    logits: int = 0,
 ) -> SparseMemory:
     """The formula.
 
@@ -64,6 +68,7 @@ def sparse_memory(
         sliced_entries: Entries that keep a second position (blocks, two-level).
         activations: Bytes that forward leaves for backward, for the batch at hand.
         largest_matrix: Entries of the largest matrix; smaller ones need no whole workspace.
+        logits: Bytes of a language model's logits in hand, from :func:`logits_bytes`.
     """
     dense = WORKSPACE_BYTES if largest_matrix is None else weight_bytes * largest_matrix
     entry = 2 * POSITION + EXACT * (1 + MOMENTS) + weight_bytes
@@ -71,8 +76,28 @@ def sparse_memory(
         weights=weight_bytes * num_weights,
         state=entry * num_entries + POSITION * sliced_entries,
         activations=activations,
-        workspace=min(WORKSPACE_BYTES, dense),
+        workspace=max(min(WORKSPACE_BYTES, dense), logits),
     )
+
+
+def logits_bytes(
+    *, tokens: int, vocabulary: int, device: Literal["cpu", "cuda"], element_size: int
+) -> int:
+    """Bytes of logits that :func:`samara.model.cross_entropy.linear_cross_entropy` has in hand.
+
+    Logits and log-probabilities of a chunk, in float32; with several chunks those of the one
+    before, too, which Python still holds; and below float32 the logits and gradient as stored.
+
+    Args:
+        tokens: Of a micro-batch.
+        vocabulary: Rows of the output matrix.
+        device: Decides the size of a chunk.
+        element_size: Bytes of a hidden state's number.
+    """
+    rows = min(tokens, max(1, CHUNK_ELEMENTS[device] // vocabulary))
+    exact = 3 if rows < tokens else 2
+    stored = 0 if element_size == EXACT else exact - 1
+    return rows * vocabulary * (EXACT * exact + element_size * stored)
 
 
 def kept_input_bytes(attachment: Attachment, *, tokens: int, element_size: int) -> int:

@@ -29,7 +29,6 @@ from samara.sparse.support import Support, TensorSupport, whole
 from samara.sparse.top_k import Scored, count_best, top_k
 from samara.sparse.units import Units, root_mean_square
 from samara.train.objective import count_targets
-from samara.train.parallel import autocast
 
 QUERY_AND_KEY = frozenset(
     ("q_proj", "k_proj", "query", "key", "query_proj", "key_proj", "q_lin", "k_lin", "q", "k")
@@ -319,7 +318,7 @@ def shared_inputs(
     sample = {key: tensor.to(model.device) for key, tensor in calibration.samples[0].items()}
     was_training = model.training
     model.train(False)
-    with torch.no_grad(), autocast(model.device, calibration.precision):
+    with torch.no_grad(), calibration.autocast(model.device):
         calibration.objective(model, sample)
     model.train(was_training)
     for handle in handles:

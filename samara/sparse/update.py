@@ -6,7 +6,8 @@ nothing. The weights themselves hold the rounded values at all times, so forward
 saving need no merge.
 
 Why values in float32: a bfloat16 weight of 0.02 has steps of about 1e-4; most updates are smaller
-and would be rounded away one by one.
+and would be rounded away one by one. Why moments in float32, too: in 8 bits they would save 6 bytes
+an entry, at half a percent of a billion weights 29 MB beside 2.5 GB of weights alone.
 
 AdamW: arXiv 1711.05101, in the order of operations of ``torch.optim.AdamW``, which training with
 all entries selected reproduces bit for bit. What differs: weight decay pulls towards the base
@@ -16,7 +17,7 @@ model's numbers, and each entry has its own count of steps, so that entries that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ from samara.sparse.support import TensorSupport
 
 INDEX, VALUES, MEAN, SQUARE, STEPS = "index", "values", "exp_avg", "exp_avg_sq", "step"
 KEYS = (INDEX, VALUES, MEAN, SQUARE, STEPS)
+WRITTEN_AT_ONCE = 2**22
+"""Entries that are written together: fewer kernels than one tensor at a time, and at 12 bytes each
+on the way less than the activations that are gone by then."""
 
 
 class Selected:
@@ -136,7 +140,8 @@ class SparseAdamW:
         for entry in touched:
             if entry.steps.dim():
                 self._update_each(entry)
-            entry.write(entry.values)
+        for group in _groups(touched):
+            _write_values(group)
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
@@ -228,6 +233,34 @@ class SparseAdamW:
                 raise CheckpointError(
                     f"optimizer state: the entries of {name} are not those selected here"
                 )
+
+
+def _groups(entries: Sequence[Selected]) -> Iterator[list[Selected]]:
+    """Entries of one dtype and device in groups of a bounded size; a larger one is alone."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[Selected]] = {}
+    for entry in entries:
+        kinds.setdefault((entry.weight.dtype, entry.weight.device), []).append(entry)
+    for alike in kinds.values():
+        group: list[Selected] = []
+        size = 0
+        for entry in alike:
+            if group and size + entry.values.numel() > WRITTEN_AT_ONCE:
+                yield group
+                group, size = [], 0
+            group.append(entry)
+            size += entry.values.numel()
+        yield group
+
+
+@torch.no_grad()
+def _write_values(group: Sequence[Selected]) -> None:
+    """:meth:`Selected.write` of each, with one rounding and one widening of positions for all."""
+    sizes = [entry.values.numel() for entry in group]
+    stored = torch.cat([entry.values for entry in group]).to(group[0].weight.dtype)
+    index = torch.cat([entry.index for entry in group]).long()
+    pieces = zip(group, torch.split(stored, sizes), torch.split(index, sizes), strict=True)
+    for entry, numbers, places in pieces:
+        entry.weight.view(-1).index_copy_(0, places, numbers)
 
 
 def support_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -147,7 +147,7 @@ def test_tiles_agree_with_the_whole_product(monkeypatch, num_tiles, facing):
     plan = gradients.make_plan(support, input_dim=facing, positions=support.index.int())
     left, right = torch.randn(5, 7), torch.randn(5, 6)
     found = gradients.selected_entries(
-        left, right, plan.index, plan.bounds, plan.tile_rows, support.index.numel()
+        left, right, plan.index, plan.bounds, plan.tile_rows, plan.width, support.index.numel()
     )
     expected = (left.T @ right).flatten()[support.index]
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)

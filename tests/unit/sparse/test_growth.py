@@ -20,7 +20,7 @@ from samara.sparse.config import (
     SparseAdamWConfig,
 )
 from samara.sparse.expansion import Expansion, stalls
-from samara.sparse.memory import kept_input_bytes, sparse_memory
+from samara.sparse.memory import kept_input_bytes, logits_bytes, sparse_memory
 from samara.sparse.selection import select
 from samara.sparse.update import SparseAdamW
 
@@ -232,3 +232,13 @@ def test_the_peak_on_cuda_is_the_formula(models):
             activations=kept_input_bytes(attachment, tokens=7, element_size=2),
         )
         assert torch.cuda.max_memory_allocated() <= 1.05 * formula.total
+
+
+def test_the_logits_in_hand_are_those_of_a_chunk():
+    one = {"tokens": 8, "vocabulary": 10, "device": "cpu"}
+    assert logits_bytes(**one, element_size=4) == 8 * 10 * (4 + 4)
+    assert logits_bytes(**one, element_size=2) == 8 * 10 * (4 + 4 + 2)
+    many = {"tokens": 8, "vocabulary": 2**20, "device": "cpu"}  # two rows a chunk
+    assert logits_bytes(**many, element_size=2) == 2 * 2**20 * (3 * 4 + 2 * 2)
+    formula = sparse_memory(num_weights=10, num_entries=1, largest_matrix=10, logits=500)
+    assert formula.workspace == 500

@@ -100,6 +100,16 @@ def test_only_one_dense_gradient_lives_at_a_time(models):
     assert alive == [0] * len(weights)
 
 
+def test_on_a_cpu_statistics_are_taken_without_autocast(models):
+    model, rows = models.build("llama"), samples(models, "llama", 3)
+    name = "model.layers.0.mlp.up_proj.weight"
+    weights, found = {name: model.get_parameter(name)}, []
+    for precision in ("float32", "bfloat16"):
+        given = Calibration(objective=models.objective("llama"), samples=rows, precision=precision)
+        found.append(gradient_sums(model, weights, given)[name].mean)
+    assert torch.equal(*found)
+
+
 def test_samples_without_targets_are_left_out(models):
     model = models.build("llama")
     name = next(iter(linear_weights(model)))

@@ -7,6 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from samara.errors import CheckpointError, ConfigError
+from samara.sparse import update
 from samara.sparse.attach import Attachment, linear_weights
 from samara.sparse.config import SparseAdamWConfig
 from samara.sparse.support import Support, TensorSupport, whole
@@ -344,3 +345,26 @@ def test_autocast(models):
             torch.testing.assert_close(
                 entry.values.grad, dense, rtol=2e-2, atol=2e-2 * float(dense.abs().max())
             )
+
+
+def test_tensors_are_written_in_groups_of_bounded_size_and_one_dtype(monkeypatch):
+    monkeypatch.setattr(update, "WRITTEN_AT_ONCE", 5)
+
+    def selected(name, size, dtype):
+        weight = torch.nn.Parameter(torch.randn(size, 4).to(dtype), requires_grad=False)
+        index = torch.arange(0, 4 * size, 4)
+        support = TensorSupport(shape=(size, 4), index=index)
+        return update.Selected(name, weight, support)
+
+    sizes = ((2, torch.float32), (9, torch.bfloat16), (3, torch.float32), (1, torch.float32))
+    entries = [selected(f"w{i}", size, dtype) for i, (size, dtype) in enumerate(sizes)]
+    groups = list(update._groups(entries))
+    assert [[e.name for e in group] for group in groups] == [["w0", "w2"], ["w3"], ["w1"]]
+    before = [entry.weight.clone() for entry in entries]
+    for entry in entries:
+        entry.values.data += 1.0
+    for group in groups:
+        update._write_values(group)
+    for entry, old in zip(entries, before, strict=True):
+        assert torch.equal(entry.current(), entry.values.to(old.dtype))
+        assert torch.equal(entry.weight[:, 1:], old[:, 1:])
