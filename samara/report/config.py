@@ -19,6 +19,9 @@ class ReportConfig(Config):
     finetuning: dict[str, str] = Field(default_factory=dict)
     """Name -> fine-tuning run folder or `stage:NAME`; runs of one task are compared with the last.
     """
+    federated: dict[str, str] = Field(default_factory=dict)
+    """Name -> federated run folder or `stage:NAME`; runs of one task are compared with the first.
+    """
     release: str | None = None
     """A release's run folder or `stage:NAME`: versions, gates, rollbacks."""
     corpus: str | None = None

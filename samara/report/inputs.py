@@ -16,6 +16,7 @@ from samara.measure.budget import Budget, budget
 from samara.model.config import ModelConfig
 from samara.report.adaptation_inputs import Release, Tuned, read_release, read_tuned
 from samara.report.config import ReportConfig
+from samara.report.federation_inputs import Federation, read_federations
 from samara.report.run_files import (
     Bounds,
     Point,
@@ -218,6 +219,7 @@ class Inputs:
     corpus_note: str
     tuned: tuple[Tuned, ...]
     """The fine-tuning runs."""
+    federations: tuple[Federation, ...]
     release: Release | None
     release_note: str
 
@@ -261,6 +263,7 @@ def read_inputs(config: ReportConfig, run: RunFolder) -> Inputs:
         corpus=corpus,
         corpus_note=corpus_note,
         tuned=read_tuned(config.finetuning),
+        federations=read_federations(config.federated),
         release=release,
         release_note=release_note,
     )

@@ -21,6 +21,7 @@ from samara.report.sections.corpus import corpus
 from samara.report.sections.curves import curves
 from samara.report.sections.demo_scale import demo_scale
 from samara.report.sections.difference import difference
+from samara.report.sections.federated import federated
 from samara.report.sections.growth import growth
 from samara.report.sections.headline import headline
 from samara.report.sections.registry import registry
@@ -35,6 +36,7 @@ SECTIONS: tuple[Callable[[Inputs], Section | None], ...] = (
     curves,
     growth,
     adaptation,
+    federated,
     registry,
     shape,
     samples,
