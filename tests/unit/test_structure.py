@@ -31,6 +31,7 @@ LAYERS: list[set[str]] = [
     {
         "lifecycle",
         "designs",
+        "analyze_command",
         "audit_command",
         "delta_commands",
         "model_commands",
