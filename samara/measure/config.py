@@ -73,6 +73,9 @@ class AllocateConfig(Config):
     """Parameters of all linears together; up to 1: a share of what they have when dense."""
     multiple: PositiveInt = 8
     """Every rank is a multiple of this, and at least this."""
+    centred: bool = True
+    """Count the energy that differs between tokens: a large mean takes one direction, and would
+    hide what the others are needed for. False: all energy, as r(alpha) is defined."""
     activation: Literal["low_rank_only", "both"] = "low_rank_only"
     """As in `model.cola`; the paper ships `both` up to 130M."""
 

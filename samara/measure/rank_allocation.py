@@ -5,7 +5,7 @@ A linear of rank r maps onto r directions. Of activations with the spectrum lamb
 that over the whole, and its price r (in + out) parameters. The allocation makes the sum of the
 captured shares as large as a budget of parameters allows: a choice of one rank per linear, priced
 and valued. Every linear counts alike: energy in absolute numbers would give all to the layers with
-the largest activations.
+the largest activations. Whether the mean counts is the caller's choice of spectrum.
 
 Shares have falling returns, so a budget filled by the best gain per parameter first (water-filling)
 is the optimum wherever steps have one price. Prices differ between attention and FFN; then the

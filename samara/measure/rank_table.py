@@ -129,9 +129,10 @@ def _allocation(found: Record) -> list[Table | str]:
     for layer, ranks in enumerate(found["ranks"]):
         table.add_row(str(layer), *(str(ranks[name]) for name in names))
     proof = "no allocation holds more" if found["exact"] else f"at most {found['bound']:.2%} can be"
+    energy = "energy without its mean" if found["centred"] else "energy"
     return [
         table,
         f"{found['parameters']:,} of {found['budget']:,} parameters (dense: "
-        f"{found['dense_parameters']:,}); {found['captured']:.2%} of the outputs' energy on "
-        f"average, {proof}",
+        f"{found['dense_parameters']:,}); {found['captured']:.2%} of the outputs' "
+        f"{energy} on average, {proof}",
     ]

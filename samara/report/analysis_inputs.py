@@ -25,6 +25,11 @@ class RankSite(Record):
         """Rank at the first alpha over width."""
         return self.ranks[0] / self.width
 
+    @property
+    def centred_share(self) -> float:
+        """The same with the mean taken away."""
+        return self.centred_ranks[0] / self.width
+
 
 class RankMeasurement(Record):
     """All places of a model at one point of its training."""
@@ -55,6 +60,7 @@ class RankAllocation(Record):
     parameters: PositiveInt
     dense_parameters: PositiveInt
     captured: float
+    centred: bool
     ranks: tuple[dict[str, PositiveInt], ...]
 
 

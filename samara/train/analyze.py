@@ -286,7 +286,7 @@ def _allocate(
             f"allocate: models.{name} is no model of Samara's, so no recipe can hold its ranks; "
             "convert it with `samara convert --to samara`, or leave allocate out"
         )
-    choices = _choices(measured.spectra)
+    choices = _choices(measured.spectra, centred=config.centred)
     dense = sum(choice.in_features * choice.out_features for choice in choices)
     budget = round(config.budget * dense) if config.budget <= 1 else int(config.budget)
     found = allocate_ranks(choices, budget, multiple=config.multiple)
@@ -304,12 +304,13 @@ def _allocate(
         "bound": found.bound,
         "exact": found.exact,
         "multiple": config.multiple,
+        "centred": config.centred,
         "ranks": per_layer,
     }
     return data, _recipe(path, allocated, found, budget)
 
 
-def _choices(spectra: Sequence[Spectrum]) -> list[Choice]:
+def _choices(spectra: Sequence[Spectrum], *, centred: bool) -> list[Choice]:
     by_place = {(s.place.layer, s.place.projection, s.place.space): s for s in spectra}
     return [
         Choice(
@@ -317,7 +318,9 @@ def _choices(spectra: Sequence[Spectrum]) -> list[Choice]:
             projection=projection,
             in_features=by_place[layer, projection, "input"].width,
             out_features=by_place[layer, projection, "output"].width,
-            spectrum=by_place[layer, projection, "output"].eigenvalues,
+            spectrum=by_place[layer, projection, "output"].centred
+            if centred
+            else by_place[layer, projection, "output"].eigenvalues,
         )
         for layer in sorted({one.place.layer for one in spectra})
         for projection in PROJECTIONS

@@ -45,7 +45,7 @@ def test_ranks_of_checkpoints_and_a_low_rank_recipe_that_trains(dense, small_cor
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "r(0.9), the directions that hold 90 % of the energy, over 900 tokens" in done.stdout
-    assert "of the outputs' energy on average, no allocation holds more" in done.stdout
+    assert "energy without its mean on average, no allocation holds more" in done.stdout
     found = read_json(Path("found/ranks.json"))
     (model,) = found["models"].values()
     assert model["num_tokens"] == 900
@@ -59,6 +59,13 @@ def test_ranks_of_checkpoints_and_a_low_rank_recipe_that_trains(dense, small_cor
         assert 1 <= less <= more <= site["width"]
     allocation = found["allocation"]
     assert allocation["parameters"] <= allocation["budget"]
+    look = Path("look.yaml")
+    settings = load_yaml(Path("found/recipe.yaml"))["analyze"]
+    settings["allocate"]["centred"] = settings["checkpoints"] = False
+    write_recipe(look, settings, "analyze")
+    assert samara("run", str(look), "--out", "whole").returncode == 0
+    whole = read_json(Path("whole/ranks.json"))["allocation"]
+    assert whole["captured"] > allocation["captured"]  # the mean's energy is held by one direction
     recipe = load_yaml(Path("found/allocated.yaml"))
     assert recipe["name"] == "dense-allocated"
     assert recipe["pretrain"]["model"]["cola"]["rank"] == allocation["ranks"]

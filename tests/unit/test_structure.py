@@ -31,12 +31,12 @@ LAYERS: list[set[str]] = [
     {
         "lifecycle",
         "designs",
-        "analyze_command",
         "audit_command",
         "delta_commands",
         "model_commands",
         "registry_commands",
     },
+    {"analyze_command"},
     {"cli"},
     {"__main__"},
 ]

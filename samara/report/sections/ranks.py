@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,8 @@ class Cell:
     """A number of a heat-map."""
 
     text: str
+    beside: str | None
+    """A second number, small."""
     share: float
     """Of its width: how strong the colour is."""
     words: str
@@ -57,9 +60,9 @@ def _aside(analysis: Analysis | None) -> Html:
             "colour, the larger a share of the width they are."
         ),
         paragraph(
-            "The mean is not taken away, as in CoLA's paper: one strong direction that all tokens "
-            "share counts for much, so a low number alone does not say that little is going on. "
-            "Pointing at a number shows the rank without the mean."
+            "The first number counts the mean as a direction like any other, as CoLA's paper does. "
+            "Where all tokens share one strong direction it is close to 1, whatever else is going "
+            "on; the small number is the rank with the mean taken away."
         ),
     )
 
@@ -97,17 +100,25 @@ def _mean_share(sites: Iterable[RankSite], space: str) -> float:
     return sum(shares) / len(shares)
 
 
+def _needs(sites: Sequence[RankSite], space: str) -> str:
+    centred = [site.centred_share for site in sites if site.space == space]
+    return (
+        f"{humanize.percent(_mean_share(sites, space))} "
+        f"({humanize.percent(sum(centred) / len(centred))} with the mean taken away)"
+    )
+
+
 def _findings(analysis: Analysis) -> str:
     said = [
-        f"{name} {humanize.percent(_mean_share(model.final, 'output'))} of the width at the "
-        f"outputs and {humanize.percent(_mean_share(model.final, 'input'))} at the inputs"
+        f"{name}: {_needs(model.final, 'output')} at the outputs, "
+        f"{_needs(model.final, 'input')} at the inputs"
         for name, model in analysis.models.items()
     ]
     fewest = min(model.num_tokens for model in analysis.models.values())
     return (
-        f"To hold {humanize.percent(analysis.alphas[0])} of the energy, on average over layers and "
-        f"linears, {humanize.listed(said)} are enough; measured over "
-        f"{humanize.count(fewest)} tokens of held-out text."
+        f"Share of the width that holds {humanize.percent(analysis.alphas[0])} of the energy, on "
+        f"average over layers and linears, measured over {humanize.whole(fewest)} tokens. "
+        f"{'. '.join(said)}."
     )
 
 
@@ -120,20 +131,22 @@ def _names(name: str, inputs: Inputs) -> str | None:
 def _legend(top: float) -> Html:
     steps = [index / (SWATCHES - 1) for index in range(SWATCHES)]
     swatches = [
-        element("span", humanize.percent(step * top), class_="heat", style=_strength(step))
+        element("span", humanize.percent(step**2 * top), class_="heat", style=_strength(step**2))
         for step in steps
     ]
     return element("p", "share of the width ", *swatches, class_="heat-legend")
 
 
 def _strength(share: float) -> str:
-    return f"--heat: {share * STRONGEST:.1f}%"
+    # By the root: most shares are small, and the first layer's would leave the rest pale.
+    return f"--heat: {math.sqrt(share) * STRONGEST:.1f}%"
 
 
 def _cells(sites: Sequence[RankSite]) -> dict[tuple[int, str], Cell]:
     return {
         (site.layer, site.projection): Cell(
             text=humanize.whole(site.ranks[0]),
+            beside=humanize.whole(site.centred_ranks[0]),
             share=site.share,
             words=f"layer {site.layer + 1}, {site.projection}: rank {site.ranks[0]} of "
             f"{site.width}; {site.centred_ranks[0]} with the mean taken away",
@@ -175,7 +188,9 @@ def _cell(cell: Cell | None, top: float) -> Html:
     if cell is None:
         return element("td")
     strength = _strength(cell.share / top if top else 0.0)
-    return element("td", cell.text, class_="heat", style=strength, title=cell.words)
+    beside = None if cell.beside is None else element("small", cell.beside)
+    text = together(cell.text, None if beside is None else " ", beside)
+    return element("td", text, class_="heat", style=strength, title=cell.words)
 
 
 def _over_training(analysis: Analysis, inputs: Inputs) -> Html | None:
@@ -225,6 +240,7 @@ def _allocation(found: RankAllocation, analysis: Analysis, inputs: Inputs, top: 
     cells = {
         (layer, name): Cell(
             text=humanize.whole(rank),
+            beside=None,
             share=min(rank / widths[layer, name], top),
             words=f"layer {layer + 1}, {name}: rank {rank}",
         )
@@ -237,8 +253,8 @@ def _allocation(found: RankAllocation, analysis: Analysis, inputs: Inputs, top: 
             f"{humanize.whole(found.parameters)} parameters in the linears, "
             f"{humanize.percent(found.parameters / found.dense_parameters)} of the dense ones', "
             f"given to where they hold most: {humanize.percent(found.captured)} of the outputs' "
-            "energy on average. Whether a model with these ranks learns better is for a training "
-            "run to say."
+            f"energy on average{', the mean taken away' if found.centred else ''}. Whether a model "
+            "with these ranks learns better is for a training run to say."
         ),
         element(
             "div",
