@@ -58,14 +58,14 @@ def _of(sites: Iterable[Record], space: str) -> list[Record]:
     return [site for site in sites if site["space"] == space]
 
 
-def projections_of(sites: Iterable[Record]) -> list[str]:
+def _projections(sites: Iterable[Record]) -> list[str]:
     """Their projections, each once, in order."""
     return list(dict.fromkeys(str(site["projection"]) for site in sites))
 
 
 def _table(sites: Sequence[Record], title: str) -> Table:
     """A row per layer, a column per projection."""
-    names = projections_of(sites)
+    names = _projections(sites)
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("layer", justify="right")
     for name in names:
@@ -89,14 +89,18 @@ def _ends(values: Sequence[int]) -> list[int]:
     return [values[0]] if len(values) == 1 else [values[0], values[-1]]
 
 
-def mean_share(sites: Sequence[Record]) -> float:
-    """The mean over places of rank over width."""
-    return float(sum(site["ranks"][0] / site["width"] for site in sites) / len(sites))
+def _mean_shares(sites: Sequence[Record]) -> str:
+    """The mean over places of rank over width, and with the mean taken away."""
+    shares = (
+        sum(site[key][0] / site["width"] for site in sites) / len(sites)
+        for key in ("ranks", "centred_ranks")
+    )
+    return "{:.3f} ({:.3f})".format(*shares)
 
 
 def _over_training(measurements: Sequence[Record]) -> Table:
     """A row per checkpoint, a column per projection: outputs, averaged over the layers."""
-    names = projections_of(measurements[-1]["sites"])
+    names = _projections(measurements[-1]["sites"])
     table = Table(
         title="outputs during training: mean over layers of rank / width",
         title_justify="left",
@@ -108,10 +112,10 @@ def _over_training(measurements: Sequence[Record]) -> Table:
     for one in measurements:
         outputs = _of(one["sites"], "output")
         shares = (
-            mean_share([site for site in outputs if site["projection"] == name]) for name in names
+            _mean_shares([site for site in outputs if site["projection"] == name]) for name in names
         )
         step = "final" if one["step"] is None else f"{one['step']:,}"
-        table.add_row(step, *(f"{share:.3f}" for share in shares))
+        table.add_row(step, *shares)
     return table
 
 

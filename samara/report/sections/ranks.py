@@ -95,16 +95,18 @@ def _top(analysis: Analysis) -> float:
     return max(site.share for model in analysis.models.values() for site in model.final)
 
 
-def _mean_share(sites: Iterable[RankSite], space: str) -> float:
-    shares = [site.share for site in sites if site.space == space]
+def _mean_share(sites: Iterable[RankSite], space: str, *, centred: bool = False) -> float:
+    shares = [
+        site.centred_share if centred else site.share for site in sites if site.space == space
+    ]
     return sum(shares) / len(shares)
 
 
 def _needs(sites: Sequence[RankSite], space: str) -> str:
-    centred = [site.centred_share for site in sites if site.space == space]
+    without = _mean_share(sites, space, centred=True)
     return (
         f"{humanize.percent(_mean_share(sites, space))} "
-        f"({humanize.percent(sum(centred) / len(centred))} with the mean taken away)"
+        f"({humanize.percent(without)} with the mean taken away)"
     )
 
 
@@ -196,9 +198,16 @@ def _cell(cell: Cell | None, top: float) -> Html:
 def _over_training(analysis: Analysis, inputs: Inputs) -> Html | None:
     """The mean share at the outputs over the checkpoints of each model."""
     series = [
-        Series(name=name, color=_series_color(name, index, inputs), raw=(), line=line, marks=line)
+        Series(
+            name=f"{name}, without mean" if centred else name,
+            color=_series_color(name, index, inputs),
+            raw=(),
+            line=line,
+            marks=line,
+        )
         for index, (name, model) in enumerate(analysis.models.items())
-        if len(line := _line(model)) > 1
+        for centred in (False, True)
+        if len(line := _line(model, centred=centred)) > 1
     ]
     if not series:
         return None
@@ -217,9 +226,9 @@ def _over_training(analysis: Analysis, inputs: Inputs) -> Html | None:
     return together(element("h3", "During training"), line_chart(series, chart))
 
 
-def _line(model: AnalyzedModel) -> list[Place]:
+def _line(model: AnalyzedModel, *, centred: bool) -> list[Place]:
     return [
-        Place(float(one.step), _mean_share(one.sites, "output"))
+        Place(float(one.step), _mean_share(one.sites, "output", centred=centred))
         for one in model.measurements
         if one.step is not None
     ]
