@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 import typer.core
 
-from samara import audit_command, delta_commands, model_commands, registry_commands
+from samara import analyze_command, audit_command, delta_commands, model_commands, registry_commands
 from samara.errors import ConfigError, SamaraError, Stopped
 
 if TYPE_CHECKING:
@@ -209,6 +209,7 @@ def evaluate(
 
 
 app.command()(audit_command.audit)
+app.command()(analyze_command.analyze)
 
 
 @app.command()
@@ -369,7 +370,8 @@ def _work(
         )
     if verb is not None and recipe.stages[0].verb != verb:
         own = recipe.stages[0].verb
-        runs = "run" if own == "audit" else own  # `samara audit` takes a model, no recipe
+        # `samara audit` and `analyze` take models, no recipe.
+        runs = "run" if own in ("audit", "analyze") else own
         raise ConfigError(f"{path}: is a recipe of `{own}`; use `samara {runs} {path}`")
     names = [item.name for item in recipe.stages]
     if stage is not None and stage not in names:

@@ -35,7 +35,7 @@ from samara.data.config import PrepareConfig
 from samara.errors import ConfigError, did_you_mean
 from samara.federated.config import FederateConfig
 from samara.growth.config import GrowConfig
-from samara.measure.config import EvaluateConfig
+from samara.measure.config import AnalyzeConfig, EvaluateConfig
 from samara.release.config import ReleaseConfig
 from samara.report.config import ReportConfig
 from samara.runs import RunFolder, hash_json
@@ -69,6 +69,7 @@ VERBS: dict[str, Verb] = {
     "audit": Verb(config=AuditRunConfig, function="samara.adapt.audits.verb:audit_verb"),
     "release": Verb(config=ReleaseConfig, function="samara.release.release:release"),
     "evaluate": Verb(config=EvaluateConfig, function="samara.measure.evaluate:evaluate"),
+    "analyze": Verb(config=AnalyzeConfig, function="samara.train.analyze:analyze"),
     "report": Verb(config=ReportConfig, function="samara.report.report:report"),
 }
 
@@ -94,6 +95,8 @@ class StageConfig(Config):
     """Runs in; versions in a registry out, promoted through gates."""
     evaluate: EvaluateConfig | None = None
     """Models in; scores with intervals out."""
+    analyze: AnalyzeConfig | None = None
+    """Models and text in; effective ranks of their activations out."""
     report: ReportConfig | None = None
     """Run folders in; one HTML page out."""
 

@@ -62,3 +62,51 @@ class DeviceProfile(Config):
     currency: str = "USD"
     source: str
     """Where the figures come from: `measured …`, `data sheet …`, `assumed …`."""
+
+
+class AllocateConfig(Config):
+    """Ranks for a low-rank design (CoLA), from the activations of a model of Samara's."""
+
+    model: str | None = None
+    """Which of the models; left out: the first."""
+    budget: Annotated[float, Field(gt=0.0)]
+    """Parameters of all linears together; up to 1: a share of what they have when dense."""
+    multiple: PositiveInt = 8
+    """Every rank is a multiple of this, and at least this."""
+    centred: bool = True
+    """Count the energy that differs between tokens: a large mean takes one direction, and would
+    hide what the others are needed for. False: all energy, as r(alpha) is defined."""
+    activation: Literal["low_rank_only", "both"] = "low_rank_only"
+    """As in `model.cola`; the paper ships `both` up to 130M."""
+
+
+class AnalyzeConfig(Config):
+    """Verb `analyze`: models and text in, effective ranks of their activations out."""
+
+    models: dict[str, str] = Field(min_length=1)
+    """Name -> model folder, run folder or `stage:NAME`; any decoder or encoder."""
+    data: str
+    """A prepared folder or `stage:NAME`, or a file: .txt, .jsonl or .parquet."""
+    split: Literal["validation", "test", "train"] = "validation"
+    """Of a prepared folder."""
+    alphas: tuple[Annotated[float, Field(gt=0.0, lt=1.0)], ...] = Field(
+        default=(0.95,), min_length=1
+    )
+    """Shares of the energy: r(alpha) is the fewest directions that hold so much. The first is the
+    one that is shown."""
+    sequence_length: PositiveInt = 256
+    """Longer documents are cut into pieces of this many tokens."""
+    max_tokens: PositiveInt = 65_536
+    """The first tokens of the text are used, so many; tens for each channel of the widest linear
+    are needed."""
+    batch_size: PositiveInt = 16
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """`bfloat16`: autocast, as in training. The sums are float64 in either case."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    checkpoints: bool = False
+    """Also measure each checkpoint that the runs kept: how ranks move during training."""
+    layers_at_once: PositiveInt | None = None
+    """Layers whose sums are in memory together (8 bytes for each pair of channels); the text is
+    read once for each group. Left out: all."""
+    allocate: AllocateConfig | None = None
+    """Also choose ranks for a low-rank design."""

@@ -54,7 +54,7 @@ def open_language_model(
         ConfigError: If ``cuda`` is asked for and there is none.
     """
     folder = model_folder(path)
-    where = _device(device)
+    where = select_device(device)
     with quiet_transformers():
         tokenizer = load_tokenizer(folder)
         model = load_causal_model(folder, dtype=getattr(torch, precision)).to(where)
@@ -90,7 +90,7 @@ def open_head(
         CheckpointError: If the folder holds no complete model of this head with its tokenizer.
         ConfigError: If ``cuda`` is asked for and there is none.
     """
-    folder, where = model_folder(path), _device(device)
+    folder, where = model_folder(path), select_device(device)
     with quiet_transformers():
         tokenizer = load_tokenizer(folder)
         found = saved_head(folder)
@@ -136,7 +136,12 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _device(name: Device) -> torch.device:
+def select_device(name: Device) -> torch.device:
+    """The device of a name; ``auto``: CUDA if there is one.
+
+    Raises:
+        ConfigError: If ``cuda`` is asked for and there is none.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():

@@ -24,6 +24,8 @@ class ReportConfig(Config):
     federated: dict[str, str] = Field(default_factory=dict)
     """Name -> federated run folder or `stage:NAME`; runs of one task are compared with the first.
     """
+    analysis: str | None = None
+    """An analysis' run folder or `stage:NAME`: effective ranks, layer by layer."""
     release: str | None = None
     """A release's run folder or `stage:NAME`: versions, gates, rollbacks."""
     corpus: str | None = None

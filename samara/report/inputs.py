@@ -22,6 +22,7 @@ from samara.report.adaptation_inputs import (
     read_release,
     read_tuned,
 )
+from samara.report.analysis_inputs import Analysis, read_analysis
 from samara.report.config import ReportConfig
 from samara.report.federation_inputs import Federation, read_federations
 from samara.report.run_files import (
@@ -222,6 +223,8 @@ class Inputs:
     evaluation: Evaluation | None
     evaluation_note: str
     """Why there is no evaluation; empty if there is one."""
+    analysis: Analysis | None
+    analysis_note: str
     corpus: Corpus | None
     corpus_note: str
     tuned: tuple[Tuned, ...]
@@ -261,6 +264,7 @@ def read_inputs(config: ReportConfig, run: RunFolder) -> Inputs:
         for index, (name, folder) in enumerate(config.pretraining.items())
     )
     corpus, corpus_note = _read_corpus(config.corpus)
+    analysis, analysis_note = read_analysis(config.analysis)
     release, release_note = read_release(config.release)
     return Inputs(
         config=config,
@@ -268,6 +272,8 @@ def read_inputs(config: ReportConfig, run: RunFolder) -> Inputs:
         arms=arms,
         evaluation=evaluation,
         evaluation_note=evaluation_note,
+        analysis=analysis,
+        analysis_note=analysis_note,
         corpus=corpus,
         corpus_note=corpus_note,
         tuned=read_tuned(config.finetuning),

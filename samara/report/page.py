@@ -25,6 +25,7 @@ from samara.report.sections.difference import difference
 from samara.report.sections.federated import federated
 from samara.report.sections.growth import growth
 from samara.report.sections.headline import headline
+from samara.report.sections.ranks import ranks
 from samara.report.sections.registry import registry
 from samara.report.sections.reproduce import reproduce
 from samara.report.sections.samples import samples
@@ -41,6 +42,7 @@ SECTIONS: tuple[Callable[[Inputs], Section | None], ...] = (
     federated,
     registry,
     shape,
+    ranks,
     samples,
     corpus,
     reproduce,

@@ -36,6 +36,7 @@ LAYERS: list[set[str]] = [
         "model_commands",
         "registry_commands",
     },
+    {"analyze_command"},
     {"cli"},
     {"__main__"},
 ]
