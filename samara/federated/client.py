@@ -27,6 +27,7 @@ from samara.federated.aggregation import HEAD, Layout, Tensor
 from samara.federated.config import FederateConfig
 from samara.federated.importance import ImportanceMeter
 from samara.federated.messages import ClientState, Instruction, Reply, hash_of, is_sound
+from samara.federated.proximal import ProximalTerm
 from samara.federated.server import Scores
 from samara.federated.sharing import SharingState, update_importance, update_personal
 from samara.federated.store import to_numpy, to_torch
@@ -170,6 +171,7 @@ class Trainer:
             start_step=round * local.steps,
             num_steps=local.steps,
         )
+        pull = ProximalTerm(local.proximal, self._trained.values())
         with ExitStack() as stack:
             gates = self._gates(instruction, stack)
 
@@ -182,6 +184,7 @@ class Trainer:
                     yield Costs(flops_per_token=flops, useful_flops_per_token=flops)
                 active.append(count)
                 meter.add(runs)
+                pull.add()
 
             meter.start()
             train(

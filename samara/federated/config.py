@@ -16,6 +16,7 @@ from pydantic import (
 from samara.adapt.config import FinetuneData, LabelsConfig
 from samara.config import Config
 from samara.errors import ConfigError
+from samara.federated.methods_config import FedAvg, ServerUpdate
 from samara.measure.tasks_config import PerplexityConfig
 from samara.train.config import AdamW
 from samara.train.layer_rates import LayerDropoutConfig, Shape
@@ -307,6 +308,9 @@ class LocalTraining(Config):
     batch_size: PositiveInt = 8
     optimizer: AdamW = AdamW(lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0)
     clip_grad_norm: PositiveFloat | None = 1.0
+    proximal: NonNegativeFloat = 0.0
+    """FedProx: weight of half the squared distance from where the training began, beside the loss.
+    0: none."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """`bfloat16`: autocast."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -317,6 +321,9 @@ class ServerConfig(Config):
     """What the server does around the clients."""
 
     rounds: PositiveInt
+    optimizer: ServerUpdate = FedAvg()
+    """What becomes of the mean of a round: `fedavg` takes it; `fedadam`, `fedyogi`, `fedadagrad`
+    step along it. (FedProx is the clients': `local.proximal`.)"""
     max_change: Annotated[float, Field(gt=1.0)] = 10.0
     """A reply that moved more than so many times the median reply is refused."""
     rollback_rise: NonNegativeFloat | None = 0.2

@@ -44,7 +44,7 @@ class Driver(ABC):
         """Go back to the newest checkpoint, or to the start, and cut the log to it."""
         saved = self.store.latest()
         if saved is not None:
-            self.server.restore(saved.plain, saved.tensors, saved.best_tensors)
+            self.server.restore(saved.plain, saved.tensors, saved.best_tensors, saved.beside)
             self.run_folder.truncate_metrics(self.server.state.round)
             return
         self.run_folder.truncate_metrics(-1)
@@ -99,7 +99,7 @@ class Driver(ABC):
         record = server.finish(plan, self.ask(reached), self.evaluate)
         self.run_folder.append_metrics(record)
         known = server.state
-        self.store.save(server.plain_state(), known.tensors, known.best_tensors)
+        self.store.save(server.plain_state(), known.tensors, known.best_tensors, server.beside())
         return record
 
     def evaluate(self, tensors: Mapping[str, Tensor]) -> Scores:

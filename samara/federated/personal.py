@@ -57,7 +57,7 @@ def reset_personal(run: Path, client: int) -> None:
 
 def _save(store: Store, saved: Saved, audit: SharingAudit) -> None:
     plain = {**saved.plain, "audit": audit.to_dict()}
-    store.save(plain, saved.tensors, saved.best_tensors)
+    store.save(plain, saved.tensors, saved.best_tensors, saved.beside)
 
 
 def _open(run: Path) -> tuple[Store, Saved]:

@@ -27,6 +27,7 @@ from samara.federated.configurator import (
 )
 from samara.federated.devices import ClientCost, CostModel, client_cost, is_available
 from samara.federated.messages import Instruction, Reply, message_bytes
+from samara.federated.server_optimizers import Moments, update
 from samara.federated.sharing import SharingAudit
 from samara.train.layer_rates import Shape
 
@@ -49,6 +50,7 @@ class ServerState:
         best_tensors: Those of the best validation loss so far.
         best_loss, best_round: After how many rounds that was; None: not measured yet.
         typical_change: See :func:`samara.federated.aggregation.aggregate`.
+        moments, best_moments: Of the server's optimizer, beside either values.
         audit: Who holds which layers.
         totals: Sums over all rounds, of what was modelled and what was measured.
     """
@@ -60,6 +62,8 @@ class ServerState:
     best_loss: float | None = None
     best_round: int | None = None
     typical_change: float | None = None
+    moments: Moments = field(default_factory=Moments)
+    best_moments: Moments = field(default_factory=Moments)
     totals: dict[str, float] = field(
         default_factory=lambda: {
             "modelled_seconds": 0.0,
@@ -251,7 +255,15 @@ class Server:
         )
         for client, reason in result.refused.items():
             verdicts[client], reasons[client] = "refused", reason
-        state.tensors, state.typical_change = result.tensors, result.typical_change
+        state.typical_change = result.typical_change
+        state.tensors, state.moments = update(
+            config.server.optimizer,
+            state.moments,
+            previous=state.tensors,
+            averaged=result.tensors,
+            sent=[group for group, own in result.senders.items() if own],
+            layout=self.layout,
+        )
         for client in sorted(by_client):
             if verdicts[client] == "ok":
                 self._note_layers(by_client[client])
@@ -370,11 +382,11 @@ class Server:
         best = state.best_loss
         if math.isfinite(scores.loss) and (best is None or scores.loss < best):
             state.best_loss, state.best_round = scores.loss, state.round + 1
-            state.best_tensors = dict(state.tensors)
+            state.best_tensors, state.best_moments = dict(state.tensors), state.moments
             return scores, False
         too_high = rise is not None and best is not None and scores.loss > best * (1 + rise)
         if too_high or not math.isfinite(scores.loss):
-            state.tensors = dict(state.best_tensors)
+            state.tensors, state.moments = dict(state.best_tensors), state.best_moments
             return scores, True
         return scores, False
 
@@ -431,22 +443,32 @@ class Server:
             "best_loss": state.best_loss,
             "best_round": state.best_round,
             "typical_change": state.typical_change,
+            "steps": dict(state.moments.steps),
+            "best_steps": dict(state.best_moments.steps),
             "audit": state.audit.to_dict(),
             "totals": state.totals,
             "measured_cpu_seconds": state.measured_cpu_seconds,
             "configurator": self.configurator.state() if self.configurator else None,
         }
 
+    def beside(self) -> dict[str, Tensor]:
+        """Tensors of the state other than the values: the moments of the optimizer."""
+        state = self.state
+        return {**state.moments.tensors("last"), **state.best_moments.tensors("best")}
+
     def restore(
         self,
         plain: Mapping[str, Any],
         tensors: Mapping[str, Tensor],
         best_tensors: Mapping[str, Tensor],
+        beside: Mapping[str, Tensor],
     ) -> None:
-        """Take over what :meth:`plain_state` gave, and the tensors beside it."""
+        """Take over what :meth:`plain_state` and :meth:`beside` gave, and the values."""
         self.state = ServerState(
             tensors=dict(tensors),
             best_tensors=dict(best_tensors),
+            moments=Moments.of("last", beside, plain["steps"]),
+            best_moments=Moments.of("best", beside, plain["best_steps"]),
             audit=SharingAudit.from_dict(plain["audit"]),
             totals=dict(plain["totals"]),
             **{

@@ -3,6 +3,7 @@
     checkpoints/round-00000007/     after 7 rounds
         global.safetensors          the server's values
         best.safetensors            those of the best round
+        beside.safetensors          what else the server keeps in tensors, if anything
         state.json                  everything else, and the round of each client's newest state
     clients/client-00000012/
         round-00000006/             what client 12 keeps since its part in round 6
@@ -33,6 +34,7 @@ from samara.runs import differences, read_json
 from samara.train.checkpoint import STATE, sweep, verify, write_tensors
 
 GLOBAL, BEST, PERSONAL = "global.safetensors", "best.safetensors", "personal.safetensors"
+BESIDE = "beside.safetensors"
 ROUND = re.compile(r"round-(\d{8})")
 KEEP_LAST = 2
 
@@ -46,11 +48,13 @@ class Saved:
     Attributes:
         plain: The server's state without its tensors.
         tensors, best_tensors: Of the server.
+        beside: What else it keeps in tensors.
     """
 
     plain: dict[str, Any]
     tensors: dict[str, Tensor]
     best_tensors: dict[str, Tensor]
+    beside: dict[str, Tensor]
 
 
 class Store:
@@ -80,6 +84,7 @@ class Store:
         plain: Mapping[str, Any],
         tensors: Mapping[str, Tensor],
         best_tensors: Mapping[str, Tensor],
+        beside: Mapping[str, Tensor],
     ) -> None:
         """Write a checkpoint, then drop what no kept checkpoint needs.
 
@@ -88,7 +93,11 @@ class Store:
         """
         write_tensors(
             self.checkpoints / f"round-{plain['round']:08d}",
-            {GLOBAL: to_torch(tensors), BEST: to_torch(best_tensors)},
+            {
+                GLOBAL: to_torch(tensors),
+                BEST: to_torch(best_tensors),
+                **({BESIDE: to_torch(beside)} if beside else {}),
+            },
             state={
                 "server": plain,
                 "clients": {str(client): self._newest[client] for client in sorted(self._newest)},
@@ -127,6 +136,7 @@ class Store:
                 plain=data["state"]["server"],
                 tensors=to_numpy(load_file(path / GLOBAL)),
                 best_tensors=to_numpy(load_file(path / BEST)),
+                beside=to_numpy(load_file(path / BESIDE)) if (path / BESIDE).exists() else {},
             )
         if problem is not None:
             raise CheckpointError(
