@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
 
 from samara.adapt.tasks import mean_loss, predict
 from samara.data.draws import Draws, Purpose
@@ -27,17 +26,17 @@ from samara.federated.aggregation import HEAD, Layout, Tensor
 from samara.federated.config import FederateConfig
 from samara.federated.importance import ImportanceMeter
 from samara.federated.messages import ClientState, Instruction, Reply, hash_of, is_sound
+from samara.federated.payload import Payload
 from samara.federated.proximal import ProximalTerm
 from samara.federated.server import Scores
 from samara.federated.sharing import SharingState, update_importance, update_personal
-from samara.federated.store import to_numpy, to_torch
+from samara.federated.store import to_numpy
 from samara.federated.task_data import ChosenRows, FederatedData
 from samara.train.checkpoint import TrainingState
 from samara.train.layer_dropout import LayerDropout
 from samara.train.layer_stack import find_layers
 from samara.train.loop import Costs, Hooks, train
 from samara.train.objective import Objective
-from samara.train.optim import Optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +51,16 @@ class Trainer:
     """Plays the clients.
 
     Attributes:
-        layout: What is trained.
+        payload: What is trained.
+        model: That it is of.
+        layout: Its tensors.
         num_layers: Layers of the model.
     """
 
     def __init__(
         self,
         config: FederateConfig,
-        model: PreTrainedModel,
+        payload: Payload,
         *,
         data: FederatedData,
         objective: Objective,
@@ -69,15 +70,15 @@ class Trainer:
 
         Args:
             config: The recipe.
-            model: On its device; what asks for gradients is what is trained.
+            payload: What is trained, in a model on its device.
             data: Of all clients.
             objective: The loss of the task.
             flops: Of a pass, for the record.
         """
-        self.config, self.model, self.data = config, model, data
+        self.config, self.payload, self.data = config, payload, data
+        self.model, self._trained = payload.model, payload.parameters
         self.objective, self.flops = objective, flops
-        self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.layout = make_layout(model, self._trained)
+        self.layout = make_layout(payload)
         self.num_layers = self.layout.num_layers
 
     def tensors(self) -> dict[str, Tensor]:
@@ -86,9 +87,7 @@ class Trainer:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Put trained values into the model."""
-        with torch.no_grad():
-            for name, value in to_torch(tensors).items():
-                self._trained[name].copy_(value)
+        self.payload.load(tensors)
 
     def local_values(self, tensors: Mapping[str, Tensor], state: ClientState) -> dict[str, Tensor]:
         """The values that a client works with: the global ones, and its own where it keeps any."""
@@ -161,8 +160,7 @@ class Trainer:
         local = self.config.local
         client, round = instruction.client, instruction.round
         torch.manual_seed(_seed(self.config.seed, client, round + 1))
-        for parameter in self._trained.values():
-            parameter.grad = None  # of a client that ran out of memory in the middle of a pass
+        self.payload.clear()  # of a client that ran out of memory in the middle of a pass
         batches = training_batches(
             rows,
             batch_size=local.batch_size,
@@ -190,7 +188,7 @@ class Trainer:
             train(
                 self.model,
                 objective=self.objective,
-                optimizer=Optimizer(self.model, local.optimizer),
+                optimizer=self.payload.optimizer(),
                 learning_rate=lambda _: local.optimizer.lr,
                 batches=batches,
                 state=progress,
@@ -297,13 +295,13 @@ def _nothing_dropped(num_layers: int) -> Iterator[tuple[bool, ...]]:
     yield (True,) * num_layers
 
 
-def make_layout(model: PreTrainedModel, trained: Mapping[str, nn.Parameter]) -> Layout:
+def make_layout(payload: Payload) -> Layout:
     """Which trained tensor belongs to which layer."""
-    layers = find_layers(model).layers
+    layers = find_layers(payload.model).layers
     owner = {id(p): str(n) for n, layer in enumerate(layers) for p in layer.parameters()}
     return Layout(
-        shapes={name: tuple(parameter.shape) for name, parameter in trained.items()},
-        groups={name: owner.get(id(parameter), HEAD) for name, parameter in trained.items()},
+        shapes={name: tuple(values.shape) for name, values in payload.parameters.items()},
+        groups={name: owner.get(id(home), HEAD) for name, home in payload.homes.items()},
         num_layers=len(layers),
     )
 

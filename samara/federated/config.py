@@ -18,6 +18,7 @@ from samara.config import Config
 from samara.errors import ConfigError
 from samara.federated.methods_config import FedAvg, ServerUpdate
 from samara.measure.tasks_config import PerplexityConfig
+from samara.sparse.config import SelectionConfig
 from samara.train.config import AdamW
 from samara.train.layer_rates import LayerDropoutConfig, Shape
 
@@ -255,8 +256,11 @@ Clock = Annotated[CalibratedClock | GivenClock, Field(discriminator="kind")]
 FederatedTask = Annotated[LabelsConfig | PerplexityConfig, Field(discriminator="kind")]
 
 Method = Literal[
-    "droppeft", "static_stld", "fedlora", "fedlora_checkpointing", "frozen_depth", "head_only"
-]
+    "droppeft", "static_stld", "fedavg", "fedlora", "fedlora_checkpointing", "frozen_depth",
+    "head_only",
+]  # fmt: skip
+PAYLOAD_METHODS = ("droppeft", "static_stld", "fedavg")
+"""Methods that know other payloads than adapters."""
 
 
 class ClientsConfig(Config):
@@ -351,9 +355,16 @@ class FederateConfig(Config):
     method: Method = "droppeft"
     """`droppeft`: layer dropout by the configurator, and layers shared by `sharing`.
     Baselines: `static_stld` (layer dropout by `layer_dropout`, everything shared), `fedlora` (no
-    dropout), `fedlora_checkpointing` (with activation checkpointing), `frozen_depth` (adapters in
-    the upper layers only, by `trained_layers`), `head_only` (no adapters)."""
+    dropout), `fedavg` (the same, of any payload), `fedlora_checkpointing` (with activation
+    checkpointing), `frozen_depth` (adapters in the upper layers only, by `trained_layers`),
+    `head_only` (no adapters)."""
+    payload: Literal["lora", "sparse", "full"] = "lora"
+    """What is trained and exchanged: adapters; few weights by `selection`, chosen by the server on
+    its validation rows; or all weights. The other two are for `droppeft`, `static_stld`, `fedavg`.
+    """
     lora: FederatedLora = FederatedLora()
+    selection: SelectionConfig = SelectionConfig()
+    """Of payload `sparse`."""
     layer_dropout: LayerDropoutConfig = LayerDropoutConfig(rate=0.5)
     """Under `droppeft` the configurator sets its rate and shape."""
     trained_layers: PositiveInt | None = None
@@ -374,6 +385,11 @@ class FederateConfig(Config):
     def _check(self) -> Self:
         if self.method == "head_only" and not isinstance(self.task, LabelsConfig):
             raise ConfigError("method: head_only needs task.kind labels; there is no other head")
+        if self.payload != "lora" and self.method not in PAYLOAD_METHODS:
+            raise ConfigError(
+                f"payload: {self.payload} is exchanged under {', '.join(PAYLOAD_METHODS)}, and "
+                f"method is {self.method}; use one of those, or payload lora"
+            )
         if self.layer_dropout.scale == "survival_at_eval":
             raise ConfigError(
                 "layer_dropout.scale: survival_at_eval changes evaluation, which here runs the "

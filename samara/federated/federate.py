@@ -6,7 +6,8 @@ The run folder gets
     metrics.jsonl             one line a round: scores, costs, and every client's part
     clock.json                what a batch costs, measured once for the run or as given
     sharing.json              who keeps which layers, and which layers were shared when
-    adapter/                  of the best round, for peft (head_only: head.safetensors)
+    adapter/                  of the best round, for peft (head_only: head.safetensors; payload
+                              sparse: delta.safetensors; full: model)
     results.json              test scores, per client too; what was measured and what is modelled
     lineage.json              what it was made from, and the compute spent
 """

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 
-from samara.adapt.config import LabelsConfig, LoraMethod
+from samara.adapt.config import LabelsConfig
 from samara.adapt.data import TaskRows, find_labels, read_task_rows, with_labels
+from samara.adapt.methods import SUPPORT
 from samara.adapt.models import TaskModel, load_task_model
-from samara.adapt.peft_methods import ADAPTER, PeftAdaptation
 from samara.adapt.tasks import LabelLoss, causal_objective
 from samara.data.rows import Batch
 from samara.errors import ConfigError
@@ -21,14 +20,14 @@ from samara.federated.client import Trainer
 from samara.federated.config import FederateConfig, GivenClock
 from samara.federated.configurator import make_arms
 from samara.federated.devices import CostModel, assign_devices
+from samara.federated.payload import make_payload
 from samara.federated.results import client_scores, results
-from samara.federated.server import Server
-from samara.federated.store import Store, to_torch
+from samara.federated.server import Scores, Server
+from samara.federated.store import Store
 from samara.federated.task_data import FederatedData
 from samara.measure.task_rows import read_task
-from samara.model.disk_errors import disk_errors
-from samara.model.modeling import SamaraPreTrainedModel, set_activation_checkpointing
 from samara.progress import say
+from samara.registry.records import Evaluation
 from samara.runs import (
     Compute,
     Lineage,
@@ -36,21 +35,16 @@ from samara.runs import (
     hash_file,
     hash_weights,
     read_json,
-    write_bytes,
     write_json,
 )
+from samara.sparse.delta_records import Provenance, Train
+from samara.sparse.support import Support
 from samara.train.layer_dropout import LayerDropout
 from samara.train.layer_rates import LayerDropoutConfig
-from samara.train.layer_stack import find_layers
 from samara.train.objective import Objective
 from samara.train.parallel import choose_place
 
-CLOCK, SHARING, RESULTS, HEAD_FILE = (
-    "clock.json",
-    "sharing.json",
-    "results.json",
-    "head.safetensors",
-)
+CLOCK, SHARING, RESULTS = "clock.json", "sharing.json", "results.json"
 FIT_WANTED = 0.99
 """R² of the fitted time below which the user is told."""
 
@@ -72,17 +66,18 @@ class Job:
                 validation=tuple(with_labels(rows.validation, task, labels)),
             )
             test = with_labels(test, task, labels)
-        loaded = load_task_model(
-            config.init_from, labels=labels, dtype=torch.float32, seed=config.seed
-        )
+        # A delta is to the weights as they are stored; the values that change are float32 anyway.
+        dtype = None if config.payload == "sparse" else torch.float32
+        loaded = load_task_model(config.init_from, labels=labels, dtype=dtype, seed=config.seed)
         device: Any = choose_place(config.local.device).device
         loaded.model.to(device)
         data = FederatedData(
             config, rows, test, labels=labels, model=loaded.model, tokenizer=loaded.tokenizer
         )
         objective: Objective = LabelLoss() if labels else causal_objective(loaded.model)
-        self.adaptation = _adapt(config, loaded)
-        self.trainer = Trainer(config, loaded.model, data=data, objective=objective)
+        payload = make_payload(config, loaded, run=run, rows=data.validation, objective=objective)
+        self.trainer = Trainer(config, payload, data=data, objective=objective)
+        self.folder = loaded.folder
         self.parents = self._parents(rows, loaded)
         batch = self._first_batch()
         self.trainer.flops = measure_flops(self.trainer, batch, drops=self._drops)
@@ -97,7 +92,7 @@ class Job:
             arm_layers=self._arm_layers(),
             tensors=self.trainer.tensors(),
         )
-        self.store = Store(run.path, identity={"method": config.method, **self.parents})
+        self.store = Store(run.path, identity=self._identity())
 
     @property
     def _drops(self) -> bool:
@@ -109,6 +104,13 @@ class Job:
             "data": rows.hash,
             "test": hash_file(Path(self.config.task.data).expanduser()),
         }
+
+    def _identity(self) -> dict[str, str]:
+        """What a checkpoint has to be of, to go on from it here."""
+        found = {"method": self.config.method, "payload": self.config.payload, **self.parents}
+        if self.config.payload == "sparse":
+            found["support"] = Support.load(self.run.path / SUPPORT).support_id
+        return found
 
     def _first_batch(self) -> Batch:
         rows = self.trainer.data.client(0).train
@@ -169,6 +171,30 @@ class Job:
         with LayerDropout(self.trainer.model, settings, seed=self.config.seed) as dropout:
             return dropout.rates.budget or self.trainer.num_layers
 
+    def _records(self, scores: Scores) -> Provenance:
+        """What a delta file says about where it came from."""
+        config = self.config
+        found = {"loss": scores.loss, "accuracy": scores.accuracy}
+        return Provenance(
+            model_id=self.folder.name,
+            config_sha256=hash_file(self.folder / "config.json"),
+            train=Train(
+                data_sha256=self.parents["data"],
+                recipe=config.model_dump(mode="json"),
+                seed=config.seed,
+            ),
+            eval=[
+                Evaluation(
+                    task=config.task.name,
+                    metric=metric,
+                    value=value,
+                    n=len(self.trainer.data.test),
+                )
+                for metric, value in found.items()
+                if value is not None
+            ],
+        )
+
     # --- the end ----------------------------------------------------------------------------------
 
     def finish(self) -> None:
@@ -178,11 +204,8 @@ class Job:
         scored = client_scores(trainer, self.store, state.tensors)
         last = trainer.score_values(state.tensors, trainer.data.test)
         best = trainer.score_values(state.best_tensors, trainer.data.test)
-        with disk_errors():  # the best values are in the model now
-            if self.adaptation is None:
-                write_bytes(self.run.path / HEAD_FILE, save(to_torch(trainer.tensors())))
-            else:
-                self.adaptation.save(self.run.path / ADAPTER)
+        # The best values are in the model now.
+        trainer.payload.export(self.run, self._records(best))
         write_json(
             self.run.path / SHARING, {**state.audit.to_dict(), "holders": state.audit.holders()}
         )
@@ -198,50 +221,3 @@ class Job:
             self.run.path / RESULTS,
             results(server, trainer, best=best, last=last, clients=scored, parents=self.parents),
         )
-
-
-def _adapt(config: FederateConfig, loaded: TaskModel) -> PeftAdaptation | None:
-    """Say what is trained: the requires_grad of the model's parameters; None: no adapters.
-
-    Raises:
-        ConfigError: If the method does not fit the model.
-    """
-    if config.method == "head_only":
-        head = set(loaded.new_tensors)
-        for name, parameter in loaded.model.named_parameters():
-            parameter.requires_grad_(name in head)
-        if not head:
-            raise ConfigError("method: head_only needs a new head, and the model has its own")
-        return None
-    lora = config.lora
-    torch.manual_seed(config.seed)
-    adaptation = PeftAdaptation(
-        loaded,
-        LoraMethod(
-            kind="lora",
-            rank=lora.rank,
-            alpha=lora.alpha,
-            dropout=lora.dropout,
-            targets=lora.targets,
-        ),
-        seed=config.seed,
-    )
-    if config.method == "frozen_depth":
-        _freeze_lower(config, loaded)
-    if config.method == "fedlora_checkpointing":
-        if isinstance(loaded.model, SamaraPreTrainedModel):
-            set_activation_checkpointing(loaded.model, "layer")
-        else:
-            loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
-    return adaptation
-
-
-def _freeze_lower(config: FederateConfig, loaded: TaskModel) -> None:
-    layers = find_layers(loaded.model).layers
-    trained = config.trained_layers or -(-len(layers) // 2)
-    if trained > len(layers):
-        raise ConfigError(
-            f"trained_layers: {trained} wanted, the model has {len(layers)} layers; lower it"
-        )
-    for layer in layers[: len(layers) - trained]:
-        layer.requires_grad_(False)

@@ -1,7 +1,7 @@
 """FedProx: a pull back to where a local training began (Li et al., arXiv 1812.06127).
 
-The paper adds (μ/2) ||w - w₀||² to each client's loss, with w₀ the global weights that it was given.
-Its gradient μ (w - w₀) is added here to that of the batch. Two things follow for layers of
+The paper adds (μ/2) ||w - w₀||² to each client's loss, with w₀ the global weights that it was
+given. Its gradient μ (w - w₀) is added here to that of the batch. Two things follow for layers of
 DropPEFT: one that was skipped has no gradient and gets none, so that it stays untouched; one that
 the client keeps as its own is pulled to the client's own value, where its training began.
 

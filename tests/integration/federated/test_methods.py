@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from samara.adapt.models import load_task_model
 from samara.federated.driver import InProcessDriver
 from samara.federated.federate import federate
 from samara.federated.job import Job
+from samara.federated.messages import ClientState, Instruction
 from samara.runs import RunFolder
+from samara.sparse.delta import Delta
+from samara.sparse.support import Support
+from samara.train.layer_dropout import LayerDropout
 
 KINDS = {
     "fedadam": {"method": "fedlora", "server__optimizer": {"kind": "fedadam"}},
     "fedyogi": {"server__optimizer": {"kind": "fedyogi", "lr": 0.02}, "local__proximal": 0.1},
-    "fedadagrad": {"method": "static_stld", "server__optimizer": {"kind": "fedadagrad"}},
+    "sparse": {
+        "payload": "sparse",
+        "selection": {"density": 0.05, "num_samples": 4},
+        "server__optimizer": {"kind": "fedadagrad"},
+        "local__optimizer": {"lr": 0.03},
+    },
+    "full": {"method": "static_stld", "payload": "full"},
 }
 
 
@@ -98,3 +112,59 @@ def test_a_pull_towards_the_start_keeps_clients_near_it(bases, rows, tmp_path, s
             sum(float(((v - before[n]) ** 2).sum()) for n, v in job.server.state.tensors.items())
         )
     assert moved[0] > moved[1] > moved[2]
+
+
+def test_of_a_sparse_payload_values_alone_travel_and_a_delta_comes_out(
+    bases, rows, tmp_path, settings, finished, folder_of
+):
+    config = settings(
+        bases["samara"], rows, method="fedavg", payload="sparse", selection={"density": 0.05}
+    )
+    result = finished(config, tmp_path / "run")
+    support = Support.load(tmp_path / "run/support.safetensors")
+    saved = load_file(tmp_path / "run/checkpoints/round-00000002/best.safetensors")
+    assert {name: value.numel() for name, value in saved.items()} == {
+        name: index.numel() for name, index in support.indices.items()
+    }
+    assert result["trained_parameters"] == support.num_entries
+    file = tmp_path / "run/support.safetensors"
+    assert result["measured"]["setup_bytes_per_client"] == file.stat().st_size
+    sent = [c for r in RunFolder(tmp_path / "run").metrics()[1:] for c in r["clients"]]
+    assert all(0 < c["bytes_up"] - 4 * support.num_entries < 1000 for c in sent)
+    head = load_file(tmp_path / "run/head.safetensors")
+    job = Job(config, folder_of(tmp_path / "run"))
+    job.trainer.load({name: value.numpy() for name, value in saved.items()})
+    trained = dict(job.trainer.model.named_parameters())
+    assert all(torch.equal(value, trained[name]) for name, value in head.items())
+    plain = load_task_model(str(bases["samara"]), labels=None, dtype=None, seed=0).model
+    with Delta.load(tmp_path / "run/delta.safetensors").applied_to(plain):
+        for name, value in plain.model.named_parameters():
+            assert torch.equal(value, trained[f"model.{name}"])
+
+
+def test_a_layer_that_is_skipped_leaves_its_selected_entries_and_their_state(
+    bases, rows, tmp_path, settings, folder_of
+):
+    config = settings(
+        bases["samara"], rows, payload="sparse", layer_dropout={"rate": 0.5, "gate": "budgeted"}
+    )
+    job = Job(config, folder_of(tmp_path / "run"))
+    asked = Instruction(round=0, client=0, rate=0.7, shape="incremental")
+    before = job.trainer.tensors()
+    reply, _ = job.trainer.train(asked, before, ClientState())
+    with LayerDropout(
+        job.trainer.model,
+        config.layer_dropout.model_copy(update={"rate": 0.7, "shape": "incremental"}),
+        seed=config.seed,
+    ) as dropout:
+        drawn = [dropout.gates(batch=batch, round=0) for batch in range(2)]
+    active = [sum(gates[layer] for gates in drawn) for layer in range(4)]
+    assert 0 in active
+    entries = job.trainer.payload.selected
+    for name, group in job.trainer.layout.groups.items():
+        count = 2 if group == "head" else active[int(group)]
+        assert float(entries[name].steps) == count, name
+        assert bool(entries[name].exp_avg.any()) == (count > 0)
+        now = job.trainer.tensors()[name]
+        assert np.array_equal(now, before[name]) == (count == 0)
+        assert (name in reply.tensors) == (count > 0)
