@@ -110,12 +110,14 @@ def fit_line(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float, fl
 
 
 def _pass(trainer: Trainer, batch: Batch, depth: int) -> None:
-    """Forward and backward with so many active layers."""
+    """Forward and backward with so many active layers; under ``fedadapter`` trained ones."""
     model, num_layers = trainer.model, trainer.num_layers
     model.train()
     held: Any = nullcontext()
     dropout: Any = nullcontext()
-    if depth < num_layers:
+    if trainer.config.method == "fedadapter":
+        held = trainer.only_upper(depth)
+    elif depth < num_layers:
         config = LayerDropoutConfig(
             rate=1 - depth / num_layers, shape="uniform", max_rate=LARGEST_RATE
         )

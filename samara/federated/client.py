@@ -26,6 +26,7 @@ from samara.federated.aggregation import HEAD, Layout, Tensor
 from samara.federated.config import FederateConfig
 from samara.federated.importance import ImportanceMeter
 from samara.federated.messages import ClientState, Instruction, Reply, hash_of, is_sound
+from samara.federated.mixed_ranks import truncate, widen
 from samara.federated.payload import Payload
 from samara.federated.proximal import ProximalTerm
 from samara.federated.server import Scores
@@ -102,7 +103,7 @@ class Trainer:
 
         Args:
             instruction: Of the server.
-            tensors: The global values.
+            tensors: The global values, or the part of them that the instruction is about.
             state: What the client keeps.
 
         Returns:
@@ -111,6 +112,8 @@ class Trainer:
         """
         started = time.process_time()
         rows = self.data.client(instruction.client)
+        if instruction.lora_rank is not None:
+            tensors = widen(tensors, self.layout.shapes)
         self.load(self.local_values(tensors, state))
         before = self.score(rows.validation)
         meter = ImportanceMeter(self.config.sharing.importance, self._groups())
@@ -171,6 +174,7 @@ class Trainer:
         )
         pull = ProximalTerm(local.proximal, self._trained.values())
         with ExitStack() as stack:
+            stack.enter_context(self.only_upper(instruction.trained_layers))
             gates = self._gates(instruction, stack)
 
             @contextmanager
@@ -178,7 +182,8 @@ class Trainer:
                 assert number == 0, "a step is one pass"
                 with gates(step) as runs:
                     count = sum(runs)
-                    flops = self.flops.fixed + count * self.flops.per_layer
+                    paid = instruction.trained_layers or count
+                    flops = self.flops.fixed + paid * self.flops.per_layer
                     yield Costs(flops_per_token=flops, useful_flops_per_token=flops)
                 active.append(count)
                 meter.add(runs)
@@ -212,6 +217,24 @@ class Trainer:
             LayerDropout(self.model, settings, seed=self.config.seed, node=instruction.client)
         )
         return lambda step: dropout.hold(batch=step, round=instruction.round)
+
+    @contextmanager
+    def only_upper(self, count: int | None) -> Iterator[None]:
+        """Freeze what is trained below the uppermost layers; None: nothing."""
+        lowest = 0 if count is None else self.num_layers - count
+        groups = self.layout.groups
+        frozen = [
+            parameter
+            for name, parameter in self._trained.items()
+            if groups[name] != HEAD and int(groups[name]) < lowest
+        ]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
 
     def _groups(self) -> list[dict[str, nn.Parameter]]:
         """Per layer its trained parameters."""
@@ -250,14 +273,18 @@ class Trainer:
     ) -> dict[str, Tensor]:
         """What is not kept, and what the server insists on; of it what had a chance to change."""
         chosen: dict[str, Tensor] = {}
+        trained_layers = instruction.trained_layers or self.num_layers
         for name, value in trained.items():
             group = self.layout.groups[name]
             wanted = not self._is_kept(group, sharing)
             if group != HEAD:
                 wanted |= int(group) in instruction.must_share
                 wanted &= meter.active_batches[int(group)] > 0
+                wanted &= int(group) >= self.num_layers - trained_layers
             if wanted:
                 chosen[name] = value
+        if instruction.lora_rank is not None:
+            return truncate(chosen, instruction.lora_rank)
         return chosen
 
     def _failed(

@@ -16,7 +16,7 @@ from pydantic import (
 from samara.adapt.config import FinetuneData, LabelsConfig
 from samara.config import Config
 from samara.errors import ConfigError
-from samara.federated.methods_config import FedAvg, ServerUpdate
+from samara.federated.methods_config import DepthSearch, FedAvg, MixedRanks, ServerUpdate
 from samara.measure.tasks_config import PerplexityConfig
 from samara.sparse.config import SelectionConfig
 from samara.train.config import AdamW
@@ -257,7 +257,7 @@ FederatedTask = Annotated[LabelsConfig | PerplexityConfig, Field(discriminator="
 
 Method = Literal[
     "droppeft", "static_stld", "fedavg", "fedlora", "fedlora_checkpointing", "frozen_depth",
-    "head_only",
+    "head_only", "fedadapter", "hetlora",
 ]  # fmt: skip
 PAYLOAD_METHODS = ("droppeft", "static_stld", "fedavg")
 """Methods that know other payloads than adapters."""
@@ -357,7 +357,8 @@ class FederateConfig(Config):
     Baselines: `static_stld` (layer dropout by `layer_dropout`, everything shared), `fedlora` (no
     dropout), `fedavg` (the same, of any payload), `fedlora_checkpointing` (with activation
     checkpointing), `frozen_depth` (adapters in the upper layers only, by `trained_layers`),
-    `head_only` (no adapters)."""
+    `head_only` (no adapters), `fedadapter` (depth and width grow by trials: `depth_search`),
+    `hetlora` (a rank for each kind of device: `mixed_ranks`)."""
     payload: Literal["lora", "sparse", "full"] = "lora"
     """What is trained and exchanged: adapters; few weights by `selection`, chosen by the server on
     its validation rows; or all weights. The other two are for `droppeft`, `static_stld`, `fedavg`.
@@ -369,6 +370,10 @@ class FederateConfig(Config):
     """Under `droppeft` the configurator sets its rate and shape."""
     trained_layers: PositiveInt | None = None
     """Of `frozen_depth`: upper layers that are trained. Left out: half of them."""
+    depth_search: DepthSearch = DepthSearch()
+    """Of `fedadapter`."""
+    mixed_ranks: MixedRanks = MixedRanks()
+    """Of `hetlora`."""
     configurator: ConfiguratorConfig = ConfiguratorConfig()
     sharing: SharingConfig = SharingConfig()
     clients: ClientsConfig
@@ -389,6 +394,11 @@ class FederateConfig(Config):
             raise ConfigError(
                 f"payload: {self.payload} is exchanged under {', '.join(PAYLOAD_METHODS)}, and "
                 f"method is {self.method}; use one of those, or payload lora"
+            )
+        if self.method in ("fedadapter", "hetlora") and self.server.optimizer.kind != "fedavg":
+            raise ConfigError(
+                f"server.optimizer: {self.server.optimizer.kind} steps whole layers, and under "
+                f"{self.method} clients send parts of them; use fedavg"
             )
         if self.layer_dropout.scale == "survival_at_eval":
             raise ConfigError(

@@ -120,7 +120,7 @@ class InProcessDriver(Driver):
             except CheckpointError as error:
                 replies.append(lost(instruction, error))
                 continue
-            reply, state = self.trainer.train(instruction, self.server.state.tensors, kept)
+            reply, state = self.trainer.train(instruction, self.server.given(instruction), kept)
             replies.append(reply)
             if reply.verdict == "ok":
                 self.store.save_client(client, state, round=instruction.round)

@@ -137,7 +137,7 @@ class FlowerDriver(Driver):
 
         return Message(
             content=_content(
-                self.server.state.tensors,
+                self.server.given(instruction),
                 {
                     "instruction": instruction.to_dict(),
                     "state_round": self.store.newest_round(instruction.client),

@@ -19,7 +19,7 @@ from samara.federated.calibration import calibrate, measure_flops
 from samara.federated.client import Trainer
 from samara.federated.config import FederateConfig, GivenClock
 from samara.federated.configurator import make_arms
-from samara.federated.devices import CostModel, assign_devices
+from samara.federated.devices import CostModel, assign_devices, by_trained_layers
 from samara.federated.payload import make_payload
 from samara.federated.results import client_scores, results
 from samara.federated.server import Scores, Server
@@ -96,7 +96,8 @@ class Job:
 
     @property
     def _drops(self) -> bool:
-        return self.config.method in ("droppeft", "static_stld")
+        """Whether batches differ in the layers that cost something."""
+        return self.config.method in ("droppeft", "static_stld", "fedadapter")
 
     def _parents(self, rows: TaskRows, loaded: TaskModel) -> dict[str, str]:
         return {
@@ -131,6 +132,8 @@ class Job:
                 basis="modelled",
                 source=clock.source,
             )
+            if self.config.method == "fedadapter":
+                costs = by_trained_layers(costs, self.trainer.num_layers)
         elif path.exists():
             return CostModel.from_dict(read_json(path))
         else:

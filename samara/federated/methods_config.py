@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from samara.config import Config
 
@@ -51,3 +51,31 @@ class FedAdagrad(AdaptiveServer):
 
 
 ServerUpdate = Annotated[FedAvg | FedAdam | FedYogi | FedAdagrad, Field(discriminator="kind")]
+
+
+# --- baselines whose clients train different parts ------------------------------------------------
+
+
+class MixedRanks(Config):
+    """Adapters of another rank on each kind of device: method `hetlora` (arXiv 2401.06432)."""
+
+    ranks: dict[str, PositiveInt] = Field(default_factory=dict)
+    """Rank by name of the device, `lora.rank` at most. Left out: the quickest kind has `lora.rank`,
+    each slower one half of the one before."""
+    missing: Literal["zero", "leave_out"] = "zero"
+    """In the mean, a row that a client has not counts as zero, as in the paper, or not at all."""
+
+
+class DepthSearch(Config):
+    """Depth and width of the adapters grow by trials: method `fedadapter` (arXiv 2205.10162)."""
+
+    depth: PositiveInt = 2
+    """Upper layers that have adapters at first."""
+    rank: PositiveInt | None = None
+    """Width at first. Left out: a quarter of `lora.rank`, the largest width."""
+    depth_step: PositiveInt = 2
+    """Layers more of the deeper trial group."""
+    rank_factor: Annotated[int, Field(ge=2)] = 2
+    """The wider trial group is so many times as wide."""
+    trial_rounds: PositiveInt = 5
+    """Rounds of the present configuration before the groups are compared."""

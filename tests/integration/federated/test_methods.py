@@ -27,6 +27,12 @@ KINDS = {
         "local__optimizer": {"lr": 0.03},
     },
     "full": {"method": "static_stld", "payload": "full"},
+    "hetlora": {"method": "hetlora", "mixed_ranks": {"missing": "leave_out"}},
+    "fedadapter": {
+        "method": "fedadapter",
+        "lora__rank": 4,
+        "depth_search": {"depth": 1, "trial_rounds": 2},
+    },
 }
 
 
