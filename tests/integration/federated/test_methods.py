@@ -12,6 +12,7 @@ from samara.federated.driver import InProcessDriver
 from samara.federated.federate import federate
 from samara.federated.job import Job
 from samara.federated.messages import ClientState, Instruction
+from samara.federated.mixed_ranks import truncate
 from samara.runs import RunFolder
 from samara.sparse.delta import Delta
 from samara.sparse.support import Support
@@ -174,3 +175,60 @@ def test_a_layer_that_is_skipped_leaves_its_selected_entries_and_their_state(
         now = job.trainer.tensors()[name]
         assert np.array_equal(now, before[name]) == (count == 0)
         assert (name in reply.tensors) == (count > 0)
+
+
+def test_a_small_rank_is_a_small_adapter(bases, rows, tmp_path, settings, folder_of):
+    """Rank 1 of an adapter of rank 2 trains as an adapter of rank 1 with the same scale."""
+    common = {"local__steps": 4, "lora__dropout": 0.0}
+    large = Job(
+        settings(bases["samara"], rows, method="hetlora", **common), folder_of(tmp_path / "large")
+    )
+    small = Job(
+        settings(bases["samara"], rows, method="fedlora", lora__rank=1, lora__alpha=2.0, **common),
+        folder_of(tmp_path / "small"),
+    )
+    given = truncate(large.trainer.tensors(), 1)
+    one, _ = large.trainer.train(Instruction(round=0, client=0, lora_rank=1), given, ClientState())
+    other, _ = small.trainer.train(Instruction(round=0, client=0), given, ClientState())
+    assert one.tensors.keys() == other.tensors.keys()
+    for name, value in one.tensors.items():
+        assert value.shape == other.tensors[name].shape
+        np.testing.assert_allclose(value, other.tensors[name], rtol=1e-4, atol=1e-6)
+
+
+def test_slow_devices_send_less_of_mixed_ranks(bases, rows, tmp_path, settings, finished):
+    config = settings(bases["samara"], rows, method="hetlora", clients__per_round=6)
+    finished(config, tmp_path / "run")
+    sent: dict[str, set[int]] = {"quick": set(), "slow": set()}
+    for record in RunFolder(tmp_path / "run").metrics()[1:]:
+        for client in record["clients"]:
+            assert client["lora_rank"] == {"quick": 2, "slow": 1}[client["device"]]
+            sent[client["device"]].add(client["bytes_up"])
+    assert max(sent["slow"]) < min(sent["quick"])
+
+
+def test_adapters_grow_by_trials_and_cost_what_is_trained(
+    bases, rows, tmp_path, settings, finished
+):
+    config = settings(
+        bases["samara"],
+        rows,
+        method="fedadapter",
+        lora__rank=4,
+        depth_search={"depth": 1, "trial_rounds": 1},
+        clients__per_round=6,
+        server__rounds=4,
+    )
+    finished(config, tmp_path / "run")
+    log = RunFolder(tmp_path / "run").metrics()[1:]
+    assert all("best" in record for record in log)
+    seen = {
+        (c["device"], c["trained_layers"], c["modelled_peak_bytes"])
+        for record in log
+        for c in record["clients"]
+    }
+    assert {peak for _, depth, peak in seen if depth == 1} == {2e6}  # 1 MB and 1 MB a layer
+    assert max(depth for _, depth, _ in seen) > 1
+    # 2 batches of 0.1 s, half of 0.2 s for each of 4 layers forward, the other half if trained.
+    quick = [c for c in log[0]["clients"] if c["device"] == "quick" and c["trained_layers"] == 1]
+    assert all(2 * 0.6 < c["modelled_seconds"] < 2 * 0.6 + 0.05 for c in quick)
