@@ -27,10 +27,12 @@ def client_scores(
         tensors: The global values.
     """
     found = []
-    for client in range(trainer.data.num_clients):
+    number = trainer.data.num_clients
+    trainer.load(tensors)
+    of_all = [trainer.score(trainer.data.client(client).test) for client in range(number)]
+    for client, shared in enumerate(of_all):
         rows = trainer.data.client(client).test
         state = store.load_client(client)
-        shared = trainer.score_values(tensors, rows)
         own = shared
         if state.personal:
             own = trainer.score_values(trainer.local_values(tensors, state), rows)
@@ -101,6 +103,9 @@ def results(
         },
         "measured": {
             "cpu_seconds": state.measured_cpu_seconds,
+            "strategy_cpu_seconds": state.strategy_cpu_seconds,
+            "strategy_share_of_cpu_seconds": state.strategy_cpu_seconds
+            / max(state.measured_cpu_seconds, 1e-9),
             "bytes_down": state.totals["bytes_down"],
             "bytes_up": state.totals["bytes_up"],
             "setup_bytes_per_client": trainer.payload.setup_bytes,

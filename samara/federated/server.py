@@ -54,7 +54,9 @@ class ServerState:
         typical_change: See :func:`samara.federated.aggregation.aggregate`.
         moments, best_moments: Of the server's optimizer, beside either values.
         audit: Who holds which layers.
-        totals: Sums over all rounds, of what was modelled and what was measured.
+        totals: Sums over all rounds, of what was modelled and what was counted.
+        measured_cpu_seconds: Of the clients.
+        strategy_cpu_seconds: Of the server (:mod:`samara.federated.overhead`).
     """
 
     tensors: dict[str, Tensor]
@@ -78,6 +80,7 @@ class ServerState:
         }
     )
     measured_cpu_seconds: float = 0.0
+    strategy_cpu_seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -475,6 +478,7 @@ class Server:
             "audit": state.audit.to_dict(),
             "totals": state.totals,
             "measured_cpu_seconds": state.measured_cpu_seconds,
+            "strategy_cpu_seconds": state.strategy_cpu_seconds,
             "configurator": self.configurator.state() if self.configurator else None,
         }
 
@@ -510,6 +514,7 @@ class Server:
                     "best_round",
                     "typical_change",
                     "measured_cpu_seconds",
+                    "strategy_cpu_seconds",
                 )
             },
         )

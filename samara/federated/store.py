@@ -69,6 +69,7 @@ class Store:
         self.checkpoints, self.clients = folder / "checkpoints", folder / "clients"
         self.identity = dict(identity)
         self._newest: dict[int, int] = {}
+        self._written: set[int] | None = None  # since the last sweep; None: not swept yet
 
     @classmethod
     def of_run(cls, folder: Path) -> Store:
@@ -155,11 +156,13 @@ class Store:
             state=state.sharing.to_dict(),
             identity={"client": client, **self.identity},
         )
-        self._newest[client] = round
+        self.note_client(client, round=round)
 
     def note_client(self, client: int, *, round: int) -> None:
         """Take note of a state that the client itself has written."""
         self._newest[client] = round
+        if self._written is not None:
+            self._written.add(client)
 
     def newest_round(self, client: int) -> int | None:
         """The round of a client's newest state; None: it never took part."""
@@ -236,15 +239,20 @@ class Store:
         return self.clients / f"client-{client:08d}"
 
     def _drop_unneeded(self) -> None:
-        """Remove client states that no kept checkpoint names."""
-        needed: set[Path] = set()
-        for path in _rounds(self.checkpoints):
-            for client, round in read_json(path / STATE)["state"]["clients"].items():
-                needed.add(self._folder(int(client)) / f"round-{round:08d}")
-        for client in self._newest:
+        """Remove client states that no kept checkpoint names.
+
+        Only clients that wrote since the checkpoints that are kept can have any: those of a run
+        that goes on are all looked at once.
+        """
+        kept = [read_json(path / STATE)["state"]["clients"] for path in _rounds(self.checkpoints)]
+        written = set(self._newest) if self._written is None else self._written
+        moving = {c for c in written if len({own.get(str(c)) for own in kept}) > 1}
+        for client in written:
+            needed = {own[str(client)] for own in kept if str(client) in own}
             for path in _rounds(self._folder(client)):
-                if path not in needed:
+                if int(path.name.removeprefix("round-")) not in needed:
                     shutil.rmtree(path)
+        self._written = moving
 
 
 def _rounds(folder: Path) -> list[Path]:
