@@ -13,10 +13,16 @@ from pydantic import (
     model_validator,
 )
 
-from samara.adapt.config import FinetuneData, LabelsConfig
+from samara.adapt.config import LabelsConfig
 from samara.config import Config
 from samara.errors import ConfigError
-from samara.federated.methods_config import DepthSearch, FedAvg, MixedRanks, ServerUpdate
+from samara.federated.methods_config import (
+    DepthSearch,
+    FedAvg,
+    FederatedRows,
+    MixedRanks,
+    ServerUpdate,
+)
 from samara.measure.tasks_config import PerplexityConfig
 from samara.sparse.config import SelectionConfig
 from samara.train.config import AdamW
@@ -166,7 +172,10 @@ class KeyPartition(Config):
     field: str
     """The field, as `user`."""
     min_rows: PositiveInt = 3
-    """Users with fewer rows are left out."""
+    """Users with fewer rows are small."""
+    small: Literal["leave_out", "merge"] = "leave_out"
+    """What becomes of small users, and of those beyond `clients.number` of the largest: their rows
+    are left out, or the smallest are put together until they are enough and no more than that."""
 
 
 class QuantityPartition(Config):
@@ -350,7 +359,7 @@ class FederateConfig(Config):
     """The model to adapt: any Hugging Face model folder, a run folder, or `stage:NAME`."""
     task: FederatedTask
     """`labels`: classification; `perplexity`: language modelling. `data` holds the test rows."""
-    data: FinetuneData
+    data: FederatedRows
     """`train` is dealt out to the clients; the validation rows stay with the server."""
     method: Method = "droppeft"
     """`droppeft`: layer dropout by the configurator, and layers shared by `sharing`.

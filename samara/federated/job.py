@@ -20,6 +20,7 @@ from samara.federated.client import Trainer
 from samara.federated.config import FederateConfig, GivenClock
 from samara.federated.configurator import make_arms
 from samara.federated.devices import CostModel, assign_devices, by_trained_layers
+from samara.federated.inputs import with_files
 from samara.federated.payload import make_payload
 from samara.federated.results import client_scores, results
 from samara.federated.server import Scores, Server
@@ -53,6 +54,7 @@ class Job:
     """Everything a run is made of, whoever drives it."""
 
     def __init__(self, config: FederateConfig, run: RunFolder) -> None:
+        config = with_files(config, run)
         self.config, self.run = config, run
         rows = read_task_rows(config)
         test = read_task(Path(config.task.data).expanduser(), config.task)

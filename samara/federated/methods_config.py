@@ -1,4 +1,4 @@
-"""Settings of what is trained and exchanged, and of what the server does with it. No torch here."""
+"""Settings beside those of DropPEFT: the server's update, baselines, rows. No torch here."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from samara.adapt.config import FinetuneData
 from samara.config import Config
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -79,3 +80,30 @@ class DepthSearch(Config):
     """The wider trial group is so many times as wide."""
     trial_rounds: PositiveInt = 5
     """Rounds of the present configuration before the groups are compared."""
+
+
+# --- where rows come from -------------------------------------------------------------------------
+
+
+class DatasetOptions(Config):
+    """How a dataset is read, where `data.train`, `data.validation` or `task.data` names one."""
+
+    config: str | None = None
+    """Of a dataset that has several."""
+    revision: str | None = None
+    """Commit or tag: name one for a result that can be repeated."""
+    train_split: str = "train"
+    validation_split: str = "validation"
+    test_split: str = "test"
+
+
+class FederatedRows(FinetuneData):
+    """What clients train on, and what the server holds out.
+
+    `train`, `validation` and `task.data` are each a file of rows (.jsonl, .csv or .tsv, each also
+    with .gz), the folder of a `samara prepare` (its documents, with field `package`), or a dataset
+    that `datasets` reads: a name on the Hugging Face hub, a local folder in its layout, or what
+    `save_to_disk` wrote. Its rows are written into the run folder once.
+    """
+
+    dataset: DatasetOptions = DatasetOptions()
