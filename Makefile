@@ -35,12 +35,16 @@ test-export: venv-dev
 	CMAKE_ARGS="$(LLAMA_CPP)" $(PIP_INSTALL) -e '.[export]'
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/export $(ARGS)
 
+METHODS_ON_FLOWER := tests/integration/federated/test_flower_methods.py
+
 # What runs on Flower and Ray: half a gigabyte that the rest does not need.
 test-flower: venv-dev
 	$(PIP_INSTALL) -e '.[federated,parallel]'
 	@# A process each: Ray's end, once in a while, takes the process along that started it twice.
 	for part in tests/integration/federated/test_flower.py tests/unit/growth/test_executor.py \
-		tests/integration/test_grow.py::test_ray_gives_the_same_run; do \
+		tests/integration/test_grow.py::test_ray_gives_the_same_run \
+		tests/unit/federated/test_server_optimizers.py \
+		$(addprefix $(METHODS_ON_FLOWER)::test_,hetlora fedadapter sparse full); do \
 		$(TEST_ENV) FLWR_TELEMETRY_ENABLED=0 RAY_USAGE_STATS_ENABLED=0 \
 			$(BIN)/python -m pytest $$part $(ARGS) || exit 1; \
 	done
