@@ -89,6 +89,7 @@ def aggregate(
     max_change: float,
     typical_change: float | None = None,
     average: Average | None = None,
+    others: Sequence[float] = (),
 ) -> Aggregate:
     """Check the replies of a round and average what is sound.
 
@@ -99,6 +100,8 @@ def aggregate(
         max_change: A reply that moved more than so many times the median reply is refused.
         typical_change: Of an earlier round; judges a reply that is alone in its round.
         average: Makes the values of the sound replies. Left out: :func:`average_tensors`.
+        others: Changes of replies of this round that are averaged elsewhere; the median is theirs
+            too.
     """
     ordered = sorted(contributions, key=lambda item: item.client)
     assert len({item.client for item in ordered}) == len(ordered), "one reply a client"
@@ -111,8 +114,8 @@ def aggregate(
         else:
             refused[item.client] = problem
     changes = {item.client: _change(item, previous) for item in sound}
-    usual = _lower_median([value for value in changes.values() if value > 0])
-    if len(sound) == 1 and typical_change is not None:
+    usual = _lower_median([value for value in (*changes.values(), *others) if value > 0])
+    if len(sound) == 1 and not others and typical_change is not None:
         usual = typical_change
     accepted = []
     for item in sound:
@@ -136,6 +139,13 @@ def aggregate(
         refused=dict(sorted(refused.items())),
         typical_change=typical_change if left is None else left,
     )
+
+
+def changes_of(
+    previous: Mapping[str, Tensor], contributions: Sequence[Contribution], layout: Layout
+) -> list[float]:
+    """How much each reply moved that is well formed, per element."""
+    return [_change(own, previous) for own in contributions if _malformed(own, layout) is None]
 
 
 def average_tensors(

@@ -22,11 +22,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from samara.errors import ConfigError
-from samara.federated.aggregation import HEAD, Aggregate, Contribution, Layout, Tensor
+from samara.federated.aggregation import HEAD, Aggregate, Contribution, Layout, Tensor, changes_of
 from samara.federated.config import FederateConfig, FederatedDevice
 from samara.federated.messages import Instruction
 from samara.federated.mixed_ranks import truncate
-from samara.federated.parts import Fits, Losses, Parts, combine_ranks
+from samara.federated.parts import Fits, Losses, Parts, combine_ranks, whole_parts
 from samara.federated.server_optimizers import strip
 
 STAY, DEEPER, WIDER = "stay", "deeper", "wider"
@@ -135,25 +135,39 @@ class DepthParts(Parts):
         *,
         typical_change: float | None,
     ) -> Aggregate:
-        """See :class:`~samara.federated.parts.Parts`: each group's clients by themselves."""
-        results: dict[str, Aggregate] = {}
-        for group in self.groups:
-            results[group.name] = combine_ranks(
-                self._values.get(group.name, tensors),
-                [item for item in contributions if asked[item.client].group == group.name],
+        """See :class:`~samara.federated.parts.Parts`: each group's clients by themselves.
+
+        Whether one moved too much is judged by the median of all groups: one alone has few.
+        """
+        known = {group.name: self._values.get(group.name, tensors) for group in self.groups}
+        own = {
+            name: [item for item in contributions if asked[item.client].group == name]
+            for name in known
+        }
+        moved = {
+            name: changes_of(values, whole_parts(values, own[name], asked), self.layout)
+            for name, values in known.items()
+        }
+        results = {
+            name: combine_ranks(
+                values,
+                own[name],
                 asked,
                 self.layout,
                 missing="leave_out",
                 max_change=self.config.server.max_change,
                 typical_change=typical_change,
+                others=[c for other in moved if other != name for c in moved[other]],
             )
+            for name, values in known.items()
+        }
         for group in self.groups[1:]:
             self._values[group.name] = results[group.name].tensors
         every = [result.senders for result in results.values()]
         refused = {c: why for result in results.values() for c, why in result.refused.items()}
         return replace(
             results[STAY],
-            senders={g: tuple(sorted(c for own in every for c in own[g])) for g in every[0]},
+            senders={g: tuple(sorted(c for sent in every for c in sent[g])) for g in every[0]},
             refused=dict(sorted(refused.items())),
         )
 

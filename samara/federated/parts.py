@@ -149,6 +149,7 @@ def combine_ranks(
     missing: str,
     max_change: float,
     typical_change: float | None,
+    others: Sequence[float] = (),
 ) -> Aggregate:
     """:func:`~samara.federated.aggregation.aggregate` of clients of several ranks.
 
@@ -160,13 +161,29 @@ def combine_ranks(
         missing: See :mod:`samara.federated.mixed_ranks`.
         max_change: A reply that moved more than so many times the median reply is refused.
         typical_change: Of an earlier round.
+        others: Changes of replies of this round that are averaged elsewhere.
     """
     ranks = {c: rank for c, own in asked.items() if (rank := own.lora_rank) is not None}
     return aggregate(
         tensors,
-        [restored(item, rank=ranks[item.client], previous=tensors) for item in contributions],
+        whole_parts(tensors, contributions, asked),
         layout,
         max_change=max_change,
         typical_change=typical_change,
         average=functools.partial(mean_over_ranks, ranks=ranks, missing=missing),
+        others=others,
     )
+
+
+def whole_parts(
+    tensors: Mapping[str, Tensor],
+    contributions: Sequence[Contribution],
+    asked: Mapping[int, Instruction],
+) -> list[Contribution]:
+    """The clients' parts, filled up with the server's values."""
+    found = []
+    for item in contributions:
+        rank = asked[item.client].lora_rank
+        assert rank is not None
+        found.append(restored(item, rank=rank, previous=tensors))
+    return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from samara.adapt.models import load_task_model
 from samara.federated.driver import InProcessDriver
 from samara.federated.federate import federate
 from samara.federated.job import Job
-from samara.federated.messages import ClientState, Instruction
+from samara.federated.messages import ClientState, Instruction, message_bytes
 from samara.federated.mixed_ranks import truncate
 from samara.runs import RunFolder
 from samara.sparse.delta import Delta
@@ -77,6 +79,46 @@ def test_the_order_in_which_clients_reply_changes_no_bit(
         patch.setattr(InProcessDriver, "ask", lambda *own: ask(*own)[::-1])
         federate(config, folder_of(tmp_path / "reversed"))
     assert outcome(tmp_path / "reversed") == outcome(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("kind", ["sparse", "full", "hetlora", "fedadapter"])
+def test_unsound_replies_are_refused_and_bytes_are_what_the_log_says(
+    bases, rows, tmp_path, kind, settings, folder_of
+):
+    config = settings(bases["samara"], rows, clients__per_round=6, **KINDS[kind])
+    job = Job(config, folder_of(tmp_path / "run"))
+    driver = InProcessDriver(job.server, job.trainer, job.store, job.run)
+    driver.resume()
+    honest, counted = job.trainer.train, {}
+
+    def spoilt(instruction, tensors, state):
+        reply, state = honest(instruction, tensors, state)
+        sent = dict(reply.tensors)
+        name = next(iter(sent))
+        match instruction.client:
+            case 0:
+                sent[name] = np.full_like(sent[name], np.nan)
+            case 1:
+                sent[name] = sent[name][:1, :1] if sent[name].ndim == 2 else sent[name][:1]
+            case 2:
+                sent["somebody.else"] = sent.pop(name)
+            case 3:
+                sent = {key: 1e6 * (1 + value) for key, value in sent.items()}
+        reply = replace(reply, tensors=sent)
+        counted[instruction.client] = (
+            message_bytes(instruction.to_dict(), tensors), message_bytes(reply.plain(), sent),
+        )  # fmt: skip
+        return reply, state
+
+    job.trainer.train = spoilt
+    record = driver.run_round()
+    logged = {c["client"]: (c["bytes_down"], c["bytes_up"]) for c in record["clients"]}
+    assert logged == counted
+    verdicts = {c["client"]: (c["verdict"], c["reason"]) for c in record["clients"]}
+    assert [verdicts[client][0] for client in range(6)] == ["refused"] * 4 + ["ok"] * 2
+    for client, reason in enumerate(["not finite", "shape", "unknown tensor", "the median"]):
+        assert reason in verdicts[client][1]
+    assert all(np.isfinite(value).all() for value in job.server.state.tensors.values())
 
 
 def test_moments_go_back_with_the_weights(bases, rows, tmp_path, settings, folder_of):
