@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 import typer.core
 
-from samara import audit_command, delta_commands, model_commands, registry_commands
+from samara import (
+    audit_command,
+    delta_commands,
+    deployment_commands,
+    model_commands,
+    personal_commands,
+    registry_commands,
+)
 from samara.errors import ConfigError, SamaraError, Stopped
 
 if TYPE_CHECKING:
@@ -37,6 +44,8 @@ app = typer.Typer(
 
 app.add_typer(delta_commands.app, name="delta")
 app.add_typer(registry_commands.app, name="registry")
+app.add_typer(personal_commands.app, name="personal")
+app.add_typer(deployment_commands.app, name="deployment")
 
 RecipeArgument = Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)]
 Overrides = Annotated[
@@ -131,12 +140,29 @@ def finetune(
 
 @app.command()
 def federate(
-    recipe: RecipeArgument, overrides: Overrides = None, out: Out = None, dry_run: DryRun = False
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Out = None,
+    dry_run: DryRun = False,
+    deploy: Annotated[
+        Path | None,
+        typer.Option(help="Write a Flower app for devices of their own into this folder."),
+    ] = None,
+    start: Annotated[
+        bool, typer.Option("--start", help="With --deploy: run all of it on this machine.")
+    ] = False,
+    host: Annotated[str, typer.Option(help="With --deploy: the server.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="With --deploy: its port.", min=1, max=65535)] = 8000,
 ) -> None:
     """Fine-tune over many clients whose data stays where it is; resumes by itself.
 
     Example: samara federate recipes/federate.yaml method=fedlora --out runs/fedlora
     """
+    if deploy is not None:
+        _deploy(recipe, overrides, deploy, host=host, port=port, start=start)
+        return
+    if start:
+        raise ConfigError("--start: goes with --deploy FOLDER, which writes what it starts")
     _work(recipe, overrides, out, verb="federate", dry_run=dry_run)
 
 
@@ -381,6 +407,17 @@ def _work(
             typer.echo(f"{item.action:<6} {item.folder}  {item.stage.verb}  ({item.reason})")
         return
     run_recipe(recipe, folder, say=_say, only=stage)
+
+
+def _deploy(
+    path: Path, overrides: list[str] | None, folder: Path, *, host: str, port: int, start: bool
+) -> None:
+    from samara.recipe import load_recipe
+
+    recipe = load_recipe(path, overrides or ())
+    if recipe.is_lifecycle or recipe.stages[0].verb != "federate":
+        raise ConfigError(f"{path}: --deploy needs a recipe of `federate` alone")
+    deployment_commands.deploy(recipe, folder, host=host, port=port, start=start)
 
 
 def _say(line: str) -> None:

@@ -16,6 +16,7 @@ from samara.federated.aggregation import Tensor
 from samara.federated.client import Trainer
 from samara.federated.devices import fails
 from samara.federated.messages import Instruction, Reply
+from samara.federated.results import client_scores
 from samara.federated.server import Scores, Server
 from samara.federated.store import Store
 from samara.progress import ProgressLine
@@ -106,6 +107,13 @@ class Driver(ABC):
         """Score global values on the server's validation rows."""
         return self.trainer.score_values(tensors, self.trainer.data.validation)
 
+    def score_clients(self) -> list[dict[str, Any]]:
+        """Score each client's test rows by the global values and by its own, in order.
+
+        Of nodes of a deployment a client that cannot be reached is left out.
+        """
+        return client_scores(self.trainer, self.store, self.server.state.tensors)
+
 
 class InProcessDriver(Driver):
     """Server and clients in one process, one client after another."""
@@ -117,10 +125,10 @@ class InProcessDriver(Driver):
             client = instruction.client
             try:
                 kept = self.store.load_client(client)
+                reply, state = self.trainer.train(instruction, self.server.state.tensors, kept)
             except CheckpointError as error:
                 replies.append(lost(instruction, error))
                 continue
-            reply, state = self.trainer.train(instruction, self.server.state.tensors, kept)
             replies.append(reply)
             if reply.verdict == "ok":
                 self.store.save_client(client, state, round=instruction.round)
