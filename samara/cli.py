@@ -151,18 +151,27 @@ def federate(
     start: Annotated[
         bool, typer.Option("--start", help="With --deploy: run all of it on this machine.")
     ] = False,
-    host: Annotated[str, typer.Option(help="With --deploy: the server.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="With --deploy: its port.", min=1, max=65535)] = 8000,
+    host: Annotated[
+        str | None,
+        typer.Option(help="With --deploy: the server, as nodes reach it. None: 127.0.0.1."),
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="With --deploy: its port. None: 8000.", min=1, max=65535)
+    ] = None,
 ) -> None:
     """Fine-tune over many clients whose data stays where it is; resumes by itself.
 
     Example: samara federate recipes/federate.yaml method=fedlora --out runs/fedlora
     """
     if deploy is not None:
+        if out is not None or dry_run:
+            option = "--dry-run" if dry_run else "--out"
+            raise ConfigError(f"{option}: goes without --deploy; the run is in {deploy}/run")
         _deploy(recipe, overrides, deploy, host=host, port=port, start=start)
         return
-    if start:
-        raise ConfigError("--start: goes with --deploy FOLDER, which writes what it starts")
+    if start or host is not None or port is not None:
+        option = "--start" if start else "--host" if host is not None else "--port"
+        raise ConfigError(f"{option}: goes with --deploy FOLDER, which writes what it is for")
     _work(recipe, overrides, out, verb="federate", dry_run=dry_run)
 
 
@@ -410,7 +419,13 @@ def _work(
 
 
 def _deploy(
-    path: Path, overrides: list[str] | None, folder: Path, *, host: str, port: int, start: bool
+    path: Path,
+    overrides: list[str] | None,
+    folder: Path,
+    *,
+    host: str | None,
+    port: int | None,
+    start: bool,
 ) -> None:
     from samara.recipe import load_recipe
 

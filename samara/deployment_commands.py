@@ -53,26 +53,36 @@ def node_key(
     typer.echo(f"{path}: stays here; send {path}.pub to the server's operator")
 
 
-def deploy(recipe: Recipe, folder: Path, *, host: str, port: int, start: bool) -> None:
+def deploy(
+    recipe: Recipe, folder: Path, *, host: str | None, port: int | None, start: bool
+) -> None:
     """Write a recipe's deployment; with ``start`` run all of it on this machine.
 
+    Args:
+        recipe: Of `federate`.
+        folder: Where to.
+        host: Of the SuperLink; None: this machine.
+        port: Of it; None: 8000.
+        start: Run it, on ports that are free.
+
     Raises:
-        ConfigError: If it is no recipe of `federate`, or does not say what the server cannot see.
+        ConfigError: If the recipe does not say what the server cannot see, or ``start`` is given
+            with a host or port.
     """
+    if start and (host is not None or port is not None):
+        option = "--port" if host is None else "--host"
+        raise ConfigError(f"{option}: goes without --start, which stays on this machine")
     from samara.federated.config import FederateConfig
     from samara.federated.deploy import Address, write_deployment
 
     settings = recipe.stages[0].config({})
     assert isinstance(settings, FederateConfig)
-    address = Address(host=host, port=port)
+    address = Address(host=host or "127.0.0.1", port=port or 8000)
     config = write_deployment(recipe.name, settings, folder, address=address)
     if not start:
         typer.echo(f"{folder}: {config.clients.number} clients; the commands are in README.md")
         return
     from samara.federated.launch import run_trial
 
-    if host != "127.0.0.1":
-        raise ConfigError(f"--host {host}: goes without --start, which stays on this machine")
-    assert config.clients.number is not None
-    run_trial(folder, clients=config.clients.number, model=config.init_from)
+    run_trial(folder, config)
     typer.echo(f"{folder / 'run'}: finished")

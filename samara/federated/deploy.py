@@ -8,6 +8,7 @@
     tls/  nodes/          certificates and keys, once `samara deployment` has made them
     rows/client-00000003.jsonl     each client's rows, dealt out as on one machine; for a trial
     run/                  the run folder, once it runs
+    trial/                of `--start`: Flower's files, and what the programs said
 
 The server never reads the clients' rows, so the recipe has to say what otherwise follows from
 them: labels, number of clients, a file of validation rows. Where the training rows are on this
@@ -169,13 +170,19 @@ def _write_app(folder: Path, address: Address) -> None:
     write_text(app / "samara_app/__init__.py", "")
     write_text(app / "samara_app/server.py", SERVER_APP)
     write_text(app / "samara_app/client.py", CLIENT_APP)
-    write_flower_config(folder, address)
+    write_flower_config(folder / "flower", folder, address)
 
 
-def write_flower_config(folder: Path, address: Address) -> None:
-    """Tell the `flwr` command where the SuperLink is."""
+def write_flower_config(home: Path, folder: Path, address: Address) -> None:
+    """Tell the `flwr` command where the SuperLink is.
+
+    Args:
+        home: Its FLWR_HOME.
+        folder: Of the deployment.
+        address: Of the SuperLink.
+    """
     write_text(
-        folder / "flower/config.toml",
+        home / "config.toml",
         f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
         f"address = {json.dumps(str(address))}\n"
         f"root-certificates = {json.dumps(str(folder / 'tls/ca.crt'))}\n",

@@ -115,7 +115,7 @@ class FlowerDriver(Driver):
         asked = {instruction.client: instruction for instruction in instructions}
         contents = {client: self.question(asked[client]) for client in asked}
         replies = []
-        for client, message in self.exchange(contents, "train").items():
+        for client, message in self.carry(contents, "train").items():
             if message.has_error():
                 replies.append(lost(asked[client], reason_of(message)))
                 continue
@@ -144,7 +144,7 @@ class FlowerDriver(Driver):
             },
         )
 
-    def exchange(self, contents: Mapping[int, Any], kind: str) -> dict[int, Any]:
+    def carry(self, contents: Mapping[int, Any], kind: str) -> dict[int, Any]:
         """Send each client its message and wait for the answers.
 
         Args:

@@ -1,8 +1,8 @@
 """A whole deployment on one machine: SuperLink and SuperNodes as processes of their own.
 
 For a trial, and for tests: the same commands as the folder's README.md, over TLS on the loopback
-interface, every node with its registered key. Each program is started in a process group of its own
-and ended with it. Flower's own files stay in the deployment's folder.
+interface, every node with its registered key. Each program is ended with all that it has started,
+and Flower's own files stay in the deployment's folder.
 """
 
 from __future__ import annotations
@@ -11,21 +11,25 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from samara.errors import ConfigError, ResourceError
 from samara.federated.certificates import CA_CERTIFICATE, make_certificates, make_node_key
+from samara.federated.config import FederateConfig
 from samara.federated.deploy import CONNECTION, Address, write_flower_config
 from samara.federated.store import client_name
+from samara.progress import ProgressLine
 from samara.runs import RunFolder
+
+if TYPE_CHECKING:
+    import psutil
 
 LOOPBACK = "127.0.0.1"
 SECONDS_TO_START = 120.0
@@ -39,6 +43,7 @@ class LocalDeployment:
     Attributes:
         folder: Of the deployment.
         clients: How many there are.
+        trial: Where Flower keeps its files and the programs' words are; made anew.
         address: Of the SuperLink; the port is one that was free.
     """
 
@@ -67,7 +72,9 @@ class LocalDeployment:
         for client in range(clients):
             if not self.key(client).exists():
                 make_node_key(self.key(client))
-        write_flower_config(self.folder, self.address)
+        self.trial = self.folder / "trial"
+        shutil.rmtree(self.trial, ignore_errors=True)  # another port, and keys to register anew
+        write_flower_config(self.trial, self.folder, self.address)
 
     def __enter__(self) -> Self:
         """Start SuperLink and nodes, each registered.
@@ -104,14 +111,14 @@ class LocalDeployment:
             ResourceError: If it does not.
         """
         tls = self.folder / "tls"
-        self._start(
+        self.start(
             "superlink",
             "flower-superlink",
             *("--host", LOOPBACK, "--port", str(self.address.port)),
             *("--ssl-ca-certfile", str(tls / CA_CERTIFICATE)),
             *("--ssl-certfile", str(tls / "server.crt"), "--ssl-keyfile", str(tls / "server.key")),
             *("--enable-supernode-auth", "--disable-runtime-dependency-installation"),
-            *("--database", str(self.folder / "superlink.db")),
+            *("--database", str(self.trial / "superlink.db")),
         )
         deadline = time.monotonic() + SECONDS_TO_START
         while True:
@@ -130,24 +137,21 @@ class LocalDeployment:
         public = f"{self.key(client)}.pub"
         self.flwr("supernode", "register", public, CONNECTION, "--name", f"client-{client}")
 
-    def start_node(self, client: int, *, key: Path | None = None) -> subprocess.Popen[bytes]:
-        """Start a client's SuperNode.
+    def start_node(self, client: int) -> subprocess.Popen[bytes]:
+        """Start a client's SuperNode."""
+        key = ("--auth-supernode-private-key", str(self.key(client)))
+        return self.start(f"client-{client}", "flower-supernode", *key, *self.node_options(client))
 
-        Args:
-            client: Its number.
-            key: Its private key. Left out: the client's.
-        """
+    def node_options(self, client: int) -> tuple[str, ...]:
+        """Options of a client's SuperNode but for its key."""
         config = (
             f"partition-id={client} data={json.dumps(str(self._rows(client)))} "
             f"model={json.dumps(self.model)} "
             f"state={json.dumps(str(self.folder / 'nodes/state'))}"
         )
-        return self._start(
-            f"client-{client}" if key is None else key.name,
-            "flower-supernode",
+        return (
             *("--superlink", str(self.address)),
             *("--root-certificates", str(self.folder / "tls" / CA_CERTIFICATE)),
-            *("--auth-supernode-private-key", str(key or self.key(client))),
             *("--node-config", config, "--port", str(free_port())),
         )
 
@@ -156,8 +160,12 @@ class LocalDeployment:
         answer = self.flwr("run", str(self.folder / "app"), CONNECTION, "--format", "json")
         return int(answer["run-id"])
 
-    def wait(self, run_id: int) -> None:
+    def wait(self, run_id: int, *, line: ProgressLine | None = None) -> None:
         """Wait until the run has ended well.
+
+        Args:
+            run_id: Flower's number of it.
+            line: Is told how many rounds are done.
 
         Raises:
             ResourceError: If it has failed, with what its log says.
@@ -165,11 +173,13 @@ class LocalDeployment:
         run, listed = RunFolder(self.folder / "run"), time.monotonic()
         while run.status().get("state") != "finished":
             self._check_alive("superlink")
+            if line is not None and (done := run.metrics()):
+                line.update(done[-1]["step"], loss=f"{done[-1]['validation_loss']:.3f}")
             if time.monotonic() - listed > SECONDS_BETWEEN_LISTS:
                 listed = time.monotonic()
                 status = self.status(run_id)
                 if status.startswith("finished") and run.status().get("state") != "finished":
-                    reason = run.status().get("error") or f"see {self._log('superlink')}"
+                    reason = run.status().get("message") or f"see {self._log('superlink')}"
                     raise ResourceError(f"the run on the SuperLink {status}: {reason}")
             time.sleep(0.5)
 
@@ -178,24 +188,43 @@ class LocalDeployment:
         answer = self.flwr("list", CONNECTION, "--run-id", str(run_id), "--format", "json")
         return str(answer["runs"][0]["status"])
 
+    def start(self, name: str, command: str, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start a program out of reach of Ctrl-C, its words in a file of ``trial/logs``."""
+        path = self._log(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            process = subprocess.Popen(
+                [program(command), *arguments],
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._processes[name] = process
+        return process
+
     def kill(self, name: str) -> None:
         """Kill a program and all that it started, at once."""
         process = self._processes.pop(name)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        started = _started_by(process)
+        process.kill()
         process.wait()
+        _kill(started)
 
     def stop(self) -> None:
-        """End everything that was started, nodes first."""
-        for process in self._processes.values():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
+        """End everything that was started: ask the programs, then kill what is left of them."""
+        own = [*self._processes.values()]
+        started = [child for process in own for child in _started_by(process)]
+        for process in own:
+            process.terminate()
         deadline = time.monotonic() + SECONDS_TO_STOP
-        for process in self._processes.values():
+        for process in own:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=max(0.1, deadline - time.monotonic()))
         for name in list(self._processes):
             self.kill(name)
+        _kill(started)
 
     def flwr(self, *arguments: str) -> Any:
         """Run a command of `flwr`; returns its JSON, or nothing.
@@ -215,28 +244,13 @@ class LocalDeployment:
             raise ResourceError(f"flwr {' '.join(arguments[:2])} failed: {said[-2000:]}")
         return json.loads(done.stdout) if "--format" in arguments else None
 
-    def _start(self, name: str, command: str, *arguments: str) -> subprocess.Popen[bytes]:
-        path = self._log(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file:
-            process = subprocess.Popen(
-                [program(command), *arguments],
-                env=self._environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        self._processes[name] = process
-        return process
-
     def _check_alive(self, name: str) -> None:
         code = self._processes[name].poll()
         if code is not None:
             raise ResourceError(f"{name} ended with {code}; see {self._log(name)}")
 
     def _log(self, name: str) -> Path:
-        return self.folder / "logs" / f"{name}.log"
+        return self.trial / "logs" / f"{name}.log"
 
     def _rows(self, client: int) -> Path:
         return self.folder / "rows" / f"{client_name(client)}.jsonl"
@@ -247,10 +261,27 @@ class LocalDeployment:
         return {
             **os.environ,
             "PATH": os.pathsep.join([bin_, os.environ.get("PATH", "")]),
-            "FLWR_HOME": str(self.folder / "flower"),
+            "FLWR_HOME": str(self.trial),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
         }
+
+
+def _started_by(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """What a process has started, and they; Flower puts some into sessions of their own."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return list(psutil.Process(process.pid).children(recursive=True))
+    return []
+
+
+def _kill(processes: Iterable[psutil.Process]) -> None:
+    import psutil
+
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()  # another process under its number is left alone
 
 
 def program(name: str) -> str:
@@ -273,12 +304,21 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def run_trial(folder: Path, *, clients: int, model: str) -> None:
+def run_trial(folder: Path, config: FederateConfig) -> None:
     """Run a deployment from beginning to end on this machine.
+
+    Args:
+        folder: That `write_deployment` wrote.
+        config: That it returned.
 
     Raises:
         ConfigError: If rows are missing.
         ResourceError: If a program does not start, or the run fails.
     """
-    with LocalDeployment(folder, clients=clients, model=model) as deployment:
-        deployment.wait(deployment.submit())
+    assert config.clients.number is not None, "checked with the settings"
+    rounds, label = config.server.rounds, f"federate {folder.name}"
+    with (
+        LocalDeployment(folder, clients=config.clients.number, model=config.init_from) as here,
+        ProgressLine(label, total=rounds, unit="rounds") as line,
+    ):
+        here.wait(here.submit(), line=line)

@@ -9,6 +9,8 @@ What belongs to the device is named by whoever runs it, in ``--node-config``, an
     personal       (optional) folder of `samara personal export`: what it begins a run with
     device         (optional) auto, cpu or cuda
 
+What goes wrong is said in the node's own log; the server learns no more than the kind of error.
+
 The settings of the training come with the server's message. What is kept stays on this disk and not
 in Flower's own state, which ends with the SuperNode's process.
 """
@@ -155,8 +157,8 @@ def train_message(message: Any, context: Any) -> Any:
         reply, state = node.trainer.train(instruction, tensors, node.kept(before))
         if reply.verdict == "ok":
             node.keep(state, round=instruction.round, before=before)
-    except SamaraError as error:
-        reply = lost(instruction, error)
+    except Exception as error:
+        reply = lost(instruction, what_the_server_is_told(error))
     return Message(content=answer_of(reply), reply_to=message)
 
 
@@ -171,9 +173,18 @@ def evaluate_message(message: Any, context: Any) -> Any:
         tensors = from_record(message.content[ARRAYS])
         kept = node.kept(content["state_round"])
         answer = {"scores": score_client(node.trainer, node.client, kept, tensors)}
-    except SamaraError as error:
-        answer = {"error": str(error)}
+    except Exception as error:
+        answer = {"error": what_the_server_is_told(error)}
     return Message(content=content_of({}, answer), reply_to=message)
+
+
+def what_the_server_is_told(error: Exception) -> str:
+    """The kind of an error; the rest, which may quote rows and paths, stays in this node's log."""
+    if isinstance(error, SamaraError):
+        log.error("%s", error)
+    else:
+        log.error("internal error", exc_info=error)
+    return f"{type(error).__name__} on the node; its log says more"
 
 
 def _node_for(context: Any, content: Mapping[str, Any]) -> Node:

@@ -114,7 +114,7 @@ class SuperLinkDriver(FlowerDriver):
         """The content of an instruction's message."""
         return self._content(instruction.client, instruction=instruction.to_dict())
 
-    def exchange(self, contents: Mapping[int, Any], kind: str) -> dict[int, Any]:
+    def carry(self, contents: Mapping[int, Any], kind: str) -> dict[int, Any]:
         """Send each client its message, again if its node was lost, and wait for the answers.
 
         Args:
@@ -134,7 +134,8 @@ class SuperLinkDriver(FlowerDriver):
         )
         found: dict[int, Any] = {}
         sent: dict[str, _Sent] = {}
-        waiting = dict.fromkeys(contents, time.monotonic())
+        started = time.monotonic()
+        waiting = dict.fromkeys(contents, started)
         while waiting or sent:
             nodes, now = self._nodes_online(), time.monotonic()
             for message, own in list(sent.items()):
@@ -146,12 +147,12 @@ class SuperLinkDriver(FlowerDriver):
                     del sent[message]
             for client, since in list(waiting.items()):
                 node = nodes.get(client)
-                pushed = None if node is None else self._send(node, contents[client], kind)
-                if node is not None and pushed is not None:
-                    sent[pushed] = _Sent(client=client, activated=node.activated, at=now)
+                away = node is None and now - since > session.wait_seconds
+                if away or now - started > session.wait_seconds + session.reply_seconds:
+                    log.warning("client %d: its node is not there, or never for long", client)
                     del waiting[client]
-                elif now - since > session.wait_seconds:
-                    log.warning("client %d: its node is not there", client)
+                elif node is not None and (own_id := self._send(node, contents[client], kind)):
+                    sent[own_id] = _Sent(client=client, activated=node.activated, at=now)
                     del waiting[client]
             for answer in session.grid.pull_messages(list(sent)) if sent else ():
                 own = sent.pop(answer.metadata.reply_to_message_id)
@@ -167,7 +168,7 @@ class SuperLinkDriver(FlowerDriver):
         clients = range(self.trainer.data.num_clients)
         contents = {client: self._content(client) for client in clients}
         scores: list[dict[str, Any]] = []
-        for client, answer in self.exchange(contents, "evaluate").items():
+        for client, answer in self.carry(contents, "evaluate").items():
             plain: dict[str, Any] = {"error": reason_of(answer)} if answer.has_error() else {}
             plain = plain or json.loads(answer.content[CONTENT]["json"])
             if "error" in plain:

@@ -12,13 +12,19 @@ import numpy as np
 import pytest
 
 from samara.config import dump_yaml
-from samara.errors import CheckpointError, ConfigError, ResourceError
+from samara.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ResourceError,
+    SamaraError,
+)
 from samara.federated.certificates import make_certificates, make_node_key
 from samara.federated.deploy import Address, write_deployment
 from samara.federated.federate import federate
 from samara.federated.job import Job
 from samara.federated.messages import ClientState, Instruction
-from samara.federated.node import Node, NodeSettings, _node_for
+from samara.federated.node import Node, NodeSettings, _node_for, what_the_server_is_told
 from samara.federated.superlink import Session, SuperLinkDriver, serving
 from samara.measure.task_rows import read_rows
 from samara.recipe import load_recipe
@@ -126,8 +132,9 @@ def test_the_command_refuses_what_it_cannot_start(bases, rows, samara, tmp_path,
     asked = ("federate", "small.yaml", "--deploy", "it", "--start")
     refused = {
         asked: "no rows of client 0",
-        (*asked, "--host", "example.org"): "--host example.org: goes without --start",
-        ("federate", "small.yaml", "--start"): "--start: goes with --deploy FOLDER",
+        (*asked, "--host", "example.org"): "--host: goes without --start",
+        (*asked, "--out", "run"): "--out: goes without --deploy; the run is in it/run",
+        ("federate", "small.yaml", "--port", "9000"): "--port: goes with --deploy FOLDER",
     }
     for command, message in refused.items():
         done = samara(*command)
@@ -226,10 +233,16 @@ def test_a_node_keeps_what_the_server_may_go_back_to_and_begins_anew_if_it_was_r
 def test_a_node_refuses_what_is_not_its_own(own, node, message, error):
     job, node_config = own
     told = {k: v for k, v in {**node_config, **node}.items() if v is not None}
-    from samara.errors import SamaraError
-
     with pytest.raises(SamaraError, match=error):
         _node_for(SimpleNamespace(node_config=told), _message(job, **message))
+
+
+def test_what_an_error_quotes_stays_on_the_node(caplog):
+    for error in (DataError("rows.jsonl:7: field 'label' holds 'a secret'"), KeyError("a secret")):
+        told = what_the_server_is_told(error)
+        assert told == f"{type(error).__name__} on the node; its log says more"
+        assert "a secret" in caplog.text
+        caplog.clear()
 
 
 # --- the driver -----------------------------------------------------------------------------------
@@ -295,7 +308,7 @@ def test_lost_messages_are_sent_again_and_nobody_is_waited_for_in_vain(
     driver = SuperLinkDriver(job.server, job.trainer, job.store, job.run)
     contents = dict.fromkeys(range(5), "train")
     with serving(Session(grid=grid, wait_seconds=0.1, reply_seconds=0.2)):
-        found = driver.exchange(contents, "train")
+        found = driver.carry(contents, "train")
         assert {client: own.answer for client, own in found.items()} == {
             0: "well",
             1: "well",
@@ -305,7 +318,9 @@ def test_lost_messages_are_sent_again_and_nobody_is_waited_for_in_vain(
         assert sorted(grid.asked) == sorted(
             ["client-0", *["client-1"] * 2, *["client-2"] * 3, "client-4"]
         )
-        assert driver.exchange({0: "train"}, "train") == {}  # it never replies
+        assert driver.carry({0: "train"}, "train") == {}  # it never replies
+        grid.answers["client-1"] = ["restarted"] * 10_000
+        assert driver.carry({1: "train"}, "train") == {}  # and it never stays
         grid.nodes.clear()
         with pytest.raises(ResourceError, match="found none of 6 nodes"):
             driver.run()

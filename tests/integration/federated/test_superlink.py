@@ -93,26 +93,31 @@ def test_strangers_are_refused_and_whoever_is_killed_the_run_goes_on_to_the_same
     address = Address(host=LOOPBACK, port=8000)
     write_deployment("small", config, folder, address=address)
     with LocalDeployment(folder, clients=2, model=str(bases["samara"])) as deployment:
-        make_node_key(tmp_path / "stranger")
-        stranger = deployment.start_node(0, key=tmp_path / "stranger")
-        assert stranger.wait(timeout=SECONDS) != 0
-        said = (folder / "logs/stranger.log").read_text()
-        assert "All SuperNodes must be registered" in said
+        make_node_key(tmp_path / "key")
+        key = ("--auth-supernode-private-key", str(tmp_path / "key"))
+        strangers = {
+            name: deployment.start(name, "flower-supernode", *own, *deployment.node_options(number))
+            for number, (name, own) in enumerate({"unknown": key, "keyless": ()}.items())
+        }
+        assert all(stranger.wait(timeout=SECONDS) for stranger in strangers.values())
+        said = [(folder / f"trial/logs/{name}.log").read_text() for name in strangers]
+        assert "[code: 2004] Failed to activate SuperNode" in said[0]
+        assert "All SuperNodes must be registered" in said[1]
 
         deployment.submit()
         _wait_for((folder / "run/checkpoints/round-00000001").exists)
-        deployment.kill("superlink")  # its app goes with it
-        _wait_for(lambda: "flwr-serverapp" not in str(_running_in(folder)))
+        deployment.kill("superlink")  # and its app
         deployment.start_server()
         run = deployment.submit()  # the nodes are still known
-        log = folder / "logs/client-1.log"
+        log = folder / "trial/logs/client-1.log"
         before = log.read_text().count("Receiving: train")
         _wait_for(lambda: log.read_text().count("Receiving: train") > before)
         deployment.kill("client-1")
-        node = deployment.start_node(1)  # refused until the SuperLink misses the old one
-        while "SuperNode ID" not in log.read_text().rpartition("Starting Flower SuperNode")[2]:
-            if node.poll() is not None:
-                time.sleep(2)
+        accepted = log.read_text().count("SuperNode ID")
+        node = deployment.start_node(1)
+        while log.read_text().count("SuperNode ID") == accepted:
+            if node.poll() is not None:  # refused until the SuperLink misses the old one
+                time.sleep(5)
                 node = deployment.start_node(1)
             time.sleep(0.2)
         deployment.wait(run)
