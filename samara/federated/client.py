@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from samara.adapt.tasks import mean_loss, predict
 from samara.data.draws import Draws, Purpose
 from samara.data.loader import training_batches
-from samara.errors import NonFiniteLossError
+from samara.errors import CheckpointError, NonFiniteLossError
 from samara.federated.aggregation import HEAD, Layout, Tensor
 from samara.federated.config import FederateConfig
 from samara.federated.importance import ImportanceMeter
@@ -91,7 +91,19 @@ class Trainer:
         self.payload.load(tensors)
 
     def local_values(self, tensors: Mapping[str, Tensor], state: ClientState) -> dict[str, Tensor]:
-        """The values that a client works with: the global ones, and its own where it keeps any."""
+        """The values that a client works with: the global ones, and its own where it keeps any.
+
+        Raises:
+            CheckpointError: If what it keeps is no part of this model.
+        """
+        for name, value in state.personal.items():
+            wanted = self.layout.shapes.get(name)
+            if value.shape != wanted:
+                here = f"{wanted}" if wanted else "not trained"
+                raise CheckpointError(
+                    f"what a client keeps does not fit this run: {name} is {value.shape}, here "
+                    f"{here}; take it from a run with the same method and lora settings"
+                )
         return {**tensors, **state.personal}
 
     # --- training ---------------------------------------------------------------------------------
@@ -109,6 +121,9 @@ class Trainer:
         Returns:
             The reply, and what the client keeps from now on. A training that failed is a reply too,
             without tensors, and changes nothing.
+
+        Raises:
+            CheckpointError: If what the client keeps is no part of this model.
         """
         started = time.process_time()
         rows = self.data.client(instruction.client)

@@ -284,6 +284,9 @@ class ClientsConfig(Config):
     """Of a client's rows: the gain of its training is measured on them."""
     test_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     """Of a client's rows: scored at the end."""
+    personal_from: str | None = None
+    """A folder that `samara personal export` wrote: the clients in it begin with the layers that
+    they kept in another run. Of `superlink`: each node names its own."""
     devices: tuple[DeviceShare, ...] = (
         DeviceShare(profile="jetson-tx2"),
         DeviceShare(profile="jetson-nano"),
@@ -389,9 +392,11 @@ class FederateConfig(Config):
     local: LocalTraining = LocalTraining()
     server: ServerConfig
     clock: Clock = CalibratedClock()
-    engine: Literal["in_process", "flower"] = "in_process"
+    engine: Literal["in_process", "flower", "superlink"] = "in_process"
     """Who carries the messages, with the same result. `in_process`: this process plays server and
-    clients. `flower`: the simulation of Flower plays the clients in processes of their own."""
+    clients. `flower`: the simulation of Flower plays the clients in processes of their own.
+    `superlink`: devices of their own that run Flower's SuperNode; `--deploy` writes such a recipe
+    with its app. `data.train` is then what each node names as its own rows."""
     actors: PositiveInt = 2
     """Of `flower`: clients that train at the same time."""
 
@@ -421,4 +426,32 @@ class FederateConfig(Config):
                 "clients.partition: dirichlet spreads labels, and the task has none; use iid, key "
                 "or quantity"
             )
+        if self.engine == "superlink":
+            self._check_deployed()
         return self
+
+    def _check_deployed(self) -> None:
+        """What follows from the training rows on one machine has to be said on many."""
+        if isinstance(self.task, LabelsConfig) and self.task.labels is None:
+            raise ConfigError("task.labels: engine superlink cannot see the rows; name all labels")
+        if self.data.validation is None:
+            raise ConfigError(
+                "data.validation: engine superlink cannot hold out rows of the clients; name a "
+                "file of the server's own"
+            )
+        if self.payload == "sparse":
+            raise ConfigError(
+                "payload: sparse needs the server's choice of weights on each node, and engine "
+                "superlink hands no files out; use lora or full"
+            )
+        if self.data.max_rows is not None:
+            raise ConfigError(
+                "data.max_rows: engine superlink trains on all rows of a node; leave it out"
+            )
+        if self.clients.number is None:
+            raise ConfigError("clients.number: engine superlink cannot count the clients; give it")
+        if self.clients.personal_from is not None:
+            raise ConfigError(
+                "clients.personal_from: is on the nodes under engine superlink; leave it out, and "
+                "give personal=FOLDER in the node's --node-config"
+            )

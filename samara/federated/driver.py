@@ -17,6 +17,7 @@ from samara.federated.client import Trainer
 from samara.federated.devices import fails
 from samara.federated.messages import Instruction, Reply
 from samara.federated.overhead import CpuWatch
+from samara.federated.results import client_scores
 from samara.federated.server import Scores, Server
 from samara.federated.store import Store
 from samara.progress import ProgressLine
@@ -119,6 +120,13 @@ class Driver(ABC):
         with self.watch.paused():
             return self.trainer.score_values(tensors, self.trainer.data.validation)
 
+    def score_clients(self) -> list[dict[str, Any]]:
+        """Score each client's test rows by the global values and by its own, in order.
+
+        Of nodes of a deployment a client that cannot be reached is left out.
+        """
+        return client_scores(self.trainer, self.store, self.server.state.tensors)
+
 
 class InProcessDriver(Driver):
     """Server and clients in one process, one client after another."""
@@ -132,9 +140,9 @@ class InProcessDriver(Driver):
         client = instruction.client
         try:
             kept = self.store.load_client(client)
+            reply, state = self.trainer.train(instruction, self.server.given(instruction), kept)
         except CheckpointError as error:
             return lost(instruction, error)
-        reply, state = self.trainer.train(instruction, self.server.given(instruction), kept)
         if reply.verdict == "ok":
             self.store.save_client(client, state, round=instruction.round)
         return reply

@@ -34,13 +34,21 @@ def federate(config: FederateConfig, run: RunFolder) -> None:
         from samara.federated.flower import require_flower
 
         require_flower()
+    if config.engine == "superlink":
+        from samara.federated.superlink import require_session
+
+        require_session()
     job = Job(config, run)
     engine: type[Driver] = InProcessDriver
     if config.engine == "flower":
         from samara.federated.flower import FlowerDriver
 
         engine = FlowerDriver
+    if config.engine == "superlink":
+        from samara.federated.superlink import SuperLinkDriver
+
+        engine = SuperLinkDriver
     driver = engine(job.server, job.trainer, job.store, run)
     driver.resume()
     driver.run()
-    job.finish()
+    job.finish(driver.score_clients())

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from samara.adapt.config import LabelsConfig
-from samara.adapt.data import TaskRows, find_labels, read_task_rows, with_labels
+from samara.adapt.data import TaskRows
 from samara.adapt.methods import SUPPORT
 from samara.adapt.models import TaskModel, load_task_model
 from samara.adapt.tasks import LabelLoss, causal_objective
@@ -22,11 +21,11 @@ from samara.federated.configurator import make_arms
 from samara.federated.devices import CostModel, assign_devices, by_trained_layers
 from samara.federated.inputs import with_files
 from samara.federated.payload import make_payload
-from samara.federated.results import client_scores, results
+from samara.federated.results import results
+from samara.federated.run_rows import RunRows, read_run_rows
 from samara.federated.server import Scores, Server
 from samara.federated.store import Store
 from samara.federated.task_data import FederatedData
-from samara.measure.task_rows import read_task
 from samara.progress import say
 from samara.registry.records import Evaluation
 from samara.runs import (
@@ -56,31 +55,10 @@ class Job:
     def __init__(self, config: FederateConfig, run: RunFolder) -> None:
         config = with_files(config, run)
         self.config, self.run = config, run
-        rows = read_task_rows(config)
-        test = read_task(Path(config.task.data).expanduser(), config.task)
-        labels = None
-        if isinstance(config.task, LabelsConfig):
-            task = config.task
-            labels = find_labels(task, [*rows.train, *rows.validation])
-            rows = replace(
-                rows,
-                train=tuple(with_labels(rows.train, task, labels)),
-                validation=tuple(with_labels(rows.validation, task, labels)),
-            )
-            test = with_labels(test, task, labels)
-        # A delta is to the weights as they are stored; the values that change are float32 anyway.
-        dtype = None if config.payload == "sparse" else torch.float32
-        loaded = load_task_model(config.init_from, labels=labels, dtype=dtype, seed=config.seed)
-        device: Any = choose_place(config.local.device).device
-        loaded.model.to(device)
-        data = FederatedData(
-            config, rows, test, labels=labels, model=loaded.model, tokenizer=loaded.tokenizer
-        )
-        objective: Objective = LabelLoss() if labels else causal_objective(loaded.model)
-        payload = make_payload(config, loaded, run=run, rows=data.validation, objective=objective)
-        self.trainer = Trainer(config, payload, data=data, objective=objective)
+        read = read_run_rows(config)
+        self.trainer, loaded = make_trainer(config, read, run=run)
         self.folder = loaded.folder
-        self.parents = self._parents(rows, loaded)
+        self.parents = self._parents(read.rows, loaded)
         batch = self._first_batch()
         self.trainer.flops = measure_flops(self.trainer, batch, drops=self._drops)
         costs = self._costs(batch)
@@ -88,13 +66,19 @@ class Job:
             config,
             layout=self.trainer.layout,
             devices=assign_devices(
-                config.clients.devices, num_clients=data.num_clients, seed=config.seed
+                config.clients.devices, num_clients=self.trainer.data.num_clients, seed=config.seed
             ),
             costs=costs,
             arm_layers=self._arm_layers(),
             tensors=self.trainer.tensors(),
         )
-        self.store = Store(run.path, identity=self._identity())
+        start = config.clients.personal_from
+        self.store = Store(
+            run.path,
+            identity=self._identity(),
+            start=None if start is None else Path(start).expanduser(),
+        )
+        self._check_start()
 
     @property
     def _drops(self) -> bool:
@@ -115,8 +99,26 @@ class Job:
             found["support"] = Support.load(self.run.path / SUPPORT).support_id
         return found
 
+    def _check_start(self) -> None:
+        """Check the layers that clients begin with, before anything else happens.
+
+        Raises:
+            ConfigError: If the folder is missing.
+            CheckpointError: If a client's is damaged, or of another model.
+        """
+        if self.store.start is None:
+            return
+        if not self.store.start.is_dir():
+            raise ConfigError(
+                f"clients.personal_from: no folder {self.store.start}; write one with "
+                "`samara personal export RUN FOLDER`"
+            )
+        for client in range(self.trainer.data.num_clients):
+            self.trainer.local_values({}, self.store.load_client(client))
+
     def _first_batch(self) -> Batch:
-        rows = self.trainer.data.client(0).train
+        """Of the server's rows, since the clients' may be elsewhere."""
+        rows = self.trainer.data.validation
         size = self.config.local.batch_size
         numbers = [number % len(rows) for number in range(size)]
         return {name: t.to(self.trainer.model.device) for name, t in rows.batch(numbers).items()}
@@ -202,11 +204,14 @@ class Job:
 
     # --- the end ----------------------------------------------------------------------------------
 
-    def finish(self) -> None:
-        """Score, export, and write what it cost."""
+    def finish(self, clients: Sequence[Mapping[str, Any]]) -> None:
+        """Score, export, and write what it cost.
+
+        Args:
+            clients: Scores of each; see :meth:`samara.federated.driver.Driver.score_clients`.
+        """
         server, trainer = self.server, self.trainer
         state = server.state
-        scored = client_scores(trainer, self.store, state.tensors)
         last = trainer.score_values(state.tensors, trainer.data.test)
         best = trainer.score_values(state.best_tensors, trainer.data.test)
         # The best values are in the model now.
@@ -224,5 +229,42 @@ class Job:
         self.run.write_lineage(Lineage(parents=self.parents, spent=spent))
         write_json(
             self.run.path / RESULTS,
-            results(server, trainer, best=best, last=last, clients=scored, parents=self.parents),
+            results(server, trainer, best=best, last=last, clients=clients, parents=self.parents),
         )
+
+
+def make_trainer(
+    config: FederateConfig, read: RunRows, *, run: RunFolder, only_client: int | None = None
+) -> tuple[Trainer, TaskModel]:
+    """Load the model, say what of it is trained, and give it the rows of this machine.
+
+    Args:
+        config: The recipe.
+        read: The rows.
+        run: Where a choice of weights is kept.
+        only_client: All training rows are this client's; left out: they are dealt out.
+
+    Raises:
+        ConfigError: If settings, task and model do not fit each other.
+        DataError: If the rows do not fit the task.
+        CheckpointError: If the model is damaged.
+    """
+    # A delta is to the weights as they are stored; the values that change are float32 anyway.
+    dtype = None if config.payload == "sparse" else torch.float32
+    loaded = load_task_model(config.init_from, labels=read.labels, dtype=dtype, seed=config.seed)
+    device: Any = choose_place(config.local.device).device
+    loaded.model.to(device)
+    data = FederatedData(
+        config,
+        read.rows,
+        read.test,
+        labels=read.labels,
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        only_client=only_client,
+    )
+    objective: Objective = LabelLoss() if read.labels else causal_objective(loaded.model)
+    payload = make_payload(
+        config, loaded, run=run, rows=lambda: data.validation, objective=objective
+    )
+    return Trainer(config, payload, data=data, objective=objective), loaded
