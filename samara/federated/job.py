@@ -77,7 +77,9 @@ class Job:
             config, rows, test, labels=labels, model=loaded.model, tokenizer=loaded.tokenizer
         )
         objective: Objective = LabelLoss() if labels else causal_objective(loaded.model)
-        payload = make_payload(config, loaded, run=run, rows=data.validation, objective=objective)
+        payload = make_payload(
+            config, loaded, run=run, rows=lambda: data.validation, objective=objective
+        )
         self.trainer = Trainer(config, payload, data=data, objective=objective)
         self.folder = loaded.folder
         self.parents = self._parents(rows, loaded)

@@ -15,7 +15,7 @@ gradient, and so its values, moments and step counts as they were.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from safetensors.torch import save
@@ -209,7 +209,7 @@ def make_payload(
     loaded: TaskModel,
     *,
     run: RunFolder,
-    rows: Rows,
+    rows: Callable[[], Rows],
     objective: Objective,
 ) -> Payload:
     """Say what is trained of a model, by method and payload.
@@ -218,7 +218,7 @@ def make_payload(
         config: The recipe.
         loaded: The model, on its device.
         run: Where a choice of weights is kept.
-        rows: Of the server; a choice of weights sees them.
+        rows: Gives those of the server; asked for where weights are chosen.
         objective: The loss of the task.
 
     Raises:
@@ -232,10 +232,11 @@ def make_payload(
         loaded.model.requires_grad_(True)
         return WholeTensors(loaded, own, is_full=True)
     if config.payload == "sparse":
-        count = min(config.selection.num_samples, len(rows))
+        own_rows = rows()
+        count = min(config.selection.num_samples, len(own_rows))
         calibration = Calibration(
             objective=objective,
-            samples=[rows.batch([row]) for row in range(count)],
+            samples=[own_rows.batch([row]) for row in range(count)],
             precision=config.local.precision,
         )
         return SparseValues(config, loaded, run=run, calibration=calibration)
