@@ -6,12 +6,14 @@ Everything heavy is imported by the command that needs it.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from samara.errors import ConfigError
-from samara.recipe import Recipe
+
+if TYPE_CHECKING:
+    from samara.recipe import Recipe
 
 app = typer.Typer(
     help="Certificates and keys of a federation over TLS (see docs/federated.md).",

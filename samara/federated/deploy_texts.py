@@ -63,6 +63,8 @@ What each command is for, and what it does not protect, is in Samara's `docs/fed
 
     export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
 
+Flower keeps its files in `~/.flwr`, or where FLWR_HOME says.
+
 ## 1. On the server's machine
 
 Certificates, once. Name the server as the nodes reach it:
@@ -71,6 +73,7 @@ Certificates, once. Name the server as the nodes reach it:
 
 The SuperLink (one HTTPS port for everything; `--host 0.0.0.0` for nodes on other machines):
 
+    export FLWR_HOME={folder}/flower
     cd {folder}
     flower-superlink --host {host} --port {port} --database {folder}/superlink.db \\
         --ssl-ca-certfile tls/ca.crt --ssl-certfile tls/server.crt --ssl-keyfile tls/server.key \\
