@@ -17,26 +17,27 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
 
 from samara.adapt.tasks import mean_loss, predict
 from samara.data.draws import Draws, Purpose
 from samara.data.loader import training_batches
-from samara.errors import NonFiniteLossError
+from samara.errors import CheckpointError, NonFiniteLossError
 from samara.federated.aggregation import HEAD, Layout, Tensor
 from samara.federated.config import FederateConfig
 from samara.federated.importance import ImportanceMeter
 from samara.federated.messages import ClientState, Instruction, Reply, hash_of, is_sound
+from samara.federated.mixed_ranks import truncate, widen
+from samara.federated.payload import Payload
+from samara.federated.proximal import ProximalTerm
 from samara.federated.server import Scores
 from samara.federated.sharing import SharingState, update_importance, update_personal
-from samara.federated.store import to_numpy, to_torch
+from samara.federated.store import to_numpy
 from samara.federated.task_data import ChosenRows, FederatedData
 from samara.train.checkpoint import TrainingState
 from samara.train.layer_dropout import LayerDropout
 from samara.train.layer_stack import find_layers
 from samara.train.loop import Costs, Hooks, train
 from samara.train.objective import Objective
-from samara.train.optim import Optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +52,16 @@ class Trainer:
     """Plays the clients.
 
     Attributes:
-        layout: What is trained.
+        payload: What is trained.
+        model: That it is of.
+        layout: Its tensors.
         num_layers: Layers of the model.
     """
 
     def __init__(
         self,
         config: FederateConfig,
-        model: PreTrainedModel,
+        payload: Payload,
         *,
         data: FederatedData,
         objective: Objective,
@@ -68,15 +71,15 @@ class Trainer:
 
         Args:
             config: The recipe.
-            model: On its device; what asks for gradients is what is trained.
+            payload: What is trained, in a model on its device.
             data: Of all clients.
             objective: The loss of the task.
             flops: Of a pass, for the record.
         """
-        self.config, self.model, self.data = config, model, data
+        self.config, self.payload, self.data = config, payload, data
+        self.model, self._trained = payload.model, payload.parameters
         self.objective, self.flops = objective, flops
-        self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.layout = make_layout(model, self._trained)
+        self.layout = make_layout(payload)
         self.num_layers = self.layout.num_layers
 
     def tensors(self) -> dict[str, Tensor]:
@@ -85,12 +88,22 @@ class Trainer:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Put trained values into the model."""
-        with torch.no_grad():
-            for name, value in to_torch(tensors).items():
-                self._trained[name].copy_(value)
+        self.payload.load(tensors)
 
     def local_values(self, tensors: Mapping[str, Tensor], state: ClientState) -> dict[str, Tensor]:
-        """The values that a client works with: the global ones, and its own where it keeps any."""
+        """The values that a client works with: the global ones, and its own where it keeps any.
+
+        Raises:
+            CheckpointError: If what it keeps is no part of this model.
+        """
+        for name, value in state.personal.items():
+            wanted = self.layout.shapes.get(name)
+            if value.shape != wanted:
+                here = f"{wanted}" if wanted else "not trained"
+                raise CheckpointError(
+                    f"what a client keeps does not fit this run: {name} is {value.shape}, here "
+                    f"{here}; take it from a run with the same method and lora settings"
+                )
         return {**tensors, **state.personal}
 
     # --- training ---------------------------------------------------------------------------------
@@ -102,15 +115,20 @@ class Trainer:
 
         Args:
             instruction: Of the server.
-            tensors: The global values.
+            tensors: The global values, or the part of them that the instruction is about.
             state: What the client keeps.
 
         Returns:
             The reply, and what the client keeps from now on. A training that failed is a reply too,
             without tensors, and changes nothing.
+
+        Raises:
+            CheckpointError: If what the client keeps is no part of this model.
         """
         started = time.process_time()
         rows = self.data.client(instruction.client)
+        if instruction.lora_rank is not None:
+            tensors = widen(tensors, self.layout.shapes)
         self.load(self.local_values(tensors, state))
         before = self.score(rows.validation)
         meter = ImportanceMeter(self.config.sharing.importance, self._groups())
@@ -160,8 +178,7 @@ class Trainer:
         local = self.config.local
         client, round = instruction.client, instruction.round
         torch.manual_seed(_seed(self.config.seed, client, round + 1))
-        for parameter in self._trained.values():
-            parameter.grad = None  # of a client that ran out of memory in the middle of a pass
+        self.payload.clear()  # of a client that ran out of memory in the middle of a pass
         batches = training_batches(
             rows,
             batch_size=local.batch_size,
@@ -170,7 +187,9 @@ class Trainer:
             start_step=round * local.steps,
             num_steps=local.steps,
         )
+        pull = ProximalTerm(local.proximal, self._trained.values())
         with ExitStack() as stack:
+            stack.enter_context(self.only_upper(instruction.trained_layers))
             gates = self._gates(instruction, stack)
 
             @contextmanager
@@ -178,16 +197,18 @@ class Trainer:
                 assert number == 0, "a step is one pass"
                 with gates(step) as runs:
                     count = sum(runs)
-                    flops = self.flops.fixed + count * self.flops.per_layer
+                    paid = instruction.trained_layers or count
+                    flops = self.flops.fixed + paid * self.flops.per_layer
                     yield Costs(flops_per_token=flops, useful_flops_per_token=flops)
                 active.append(count)
                 meter.add(runs)
+                pull.add()
 
             meter.start()
             train(
                 self.model,
                 objective=self.objective,
-                optimizer=Optimizer(self.model, local.optimizer),
+                optimizer=self.payload.optimizer(),
                 learning_rate=lambda _: local.optimizer.lr,
                 batches=batches,
                 state=progress,
@@ -211,6 +232,24 @@ class Trainer:
             LayerDropout(self.model, settings, seed=self.config.seed, node=instruction.client)
         )
         return lambda step: dropout.hold(batch=step, round=instruction.round)
+
+    @contextmanager
+    def only_upper(self, count: int | None) -> Iterator[None]:
+        """Freeze what is trained below the uppermost layers; None: nothing."""
+        lowest = 0 if count is None else self.num_layers - count
+        groups = self.layout.groups
+        frozen = [
+            parameter
+            for name, parameter in self._trained.items()
+            if groups[name] != HEAD and int(groups[name]) < lowest
+        ]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
 
     def _groups(self) -> list[dict[str, nn.Parameter]]:
         """Per layer its trained parameters."""
@@ -249,14 +288,18 @@ class Trainer:
     ) -> dict[str, Tensor]:
         """What is not kept, and what the server insists on; of it what had a chance to change."""
         chosen: dict[str, Tensor] = {}
+        trained_layers = instruction.trained_layers or self.num_layers
         for name, value in trained.items():
             group = self.layout.groups[name]
             wanted = not self._is_kept(group, sharing)
             if group != HEAD:
                 wanted |= int(group) in instruction.must_share
                 wanted &= meter.active_batches[int(group)] > 0
+                wanted &= int(group) >= self.num_layers - trained_layers
             if wanted:
                 chosen[name] = value
+        if instruction.lora_rank is not None:
+            return truncate(chosen, instruction.lora_rank)
         return chosen
 
     def _failed(
@@ -294,13 +337,13 @@ def _nothing_dropped(num_layers: int) -> Iterator[tuple[bool, ...]]:
     yield (True,) * num_layers
 
 
-def make_layout(model: PreTrainedModel, trained: Mapping[str, nn.Parameter]) -> Layout:
+def make_layout(payload: Payload) -> Layout:
     """Which trained tensor belongs to which layer."""
-    layers = find_layers(model).layers
+    layers = find_layers(payload.model).layers
     owner = {id(p): str(n) for n, layer in enumerate(layers) for p in layer.parameters()}
     return Layout(
-        shapes={name: tuple(parameter.shape) for name, parameter in trained.items()},
-        groups={name: owner.get(id(parameter), HEAD) for name, parameter in trained.items()},
+        shapes={name: tuple(values.shape) for name, values in payload.parameters.items()},
+        groups={name: owner.get(id(home), HEAD) for name, home in payload.homes.items()},
         num_layers=len(layers),
     )
 

@@ -16,6 +16,8 @@ from samara.federated.aggregation import Tensor
 from samara.federated.client import Trainer
 from samara.federated.devices import fails
 from samara.federated.messages import Instruction, Reply
+from samara.federated.overhead import CpuWatch
+from samara.federated.results import client_scores
 from samara.federated.server import Scores, Server
 from samara.federated.store import Store
 from samara.progress import ProgressLine
@@ -28,10 +30,12 @@ class Driver(ABC):
 
     Attributes:
         trainer: Of this process: scores the server's rows, and may play clients.
+        watch: Counts what the server costs.
     """
 
     def __init__(self, server: Server, trainer: Trainer, store: Store, run: RunFolder) -> None:
         self.server, self.trainer, self.store, self.run_folder = server, trainer, store, run
+        self.watch = CpuWatch()
 
     @abstractmethod
     def ask(self, instructions: Sequence[Instruction]) -> list[Reply]:
@@ -44,8 +48,9 @@ class Driver(ABC):
         """Go back to the newest checkpoint, or to the start, and cut the log to it."""
         saved = self.store.latest()
         if saved is not None:
-            self.server.restore(saved.plain, saved.tensors, saved.best_tensors)
+            self.server.restore(saved.plain, saved.tensors, saved.best_tensors, saved.beside)
             self.run_folder.truncate_metrics(self.server.state.round)
+            self.watch.seconds = self.server.state.strategy_cpu_seconds
             return
         self.run_folder.truncate_metrics(-1)
         self.run_folder.append_metrics(self.server.start(self.evaluate))
@@ -84,7 +89,13 @@ class Driver(ABC):
 
     def run_round(self) -> dict[str, Any]:
         """One round: plan, have each client trained, finish, save."""
-        server = self.server
+        with self.watch.running():
+            record = self._run_round()
+        self.server.state.strategy_cpu_seconds = self.watch.seconds
+        return record
+
+    def _run_round(self) -> dict[str, Any]:
+        server, before = self.server, self.watch.seconds
         plan = server.plan()
         reached = [
             own
@@ -97,14 +108,24 @@ class Driver(ABC):
             )
         ]
         record = server.finish(plan, self.ask(reached), self.evaluate)
+        server.state.strategy_cpu_seconds = self.watch.read()
+        record["strategy_cpu_seconds"] = server.state.strategy_cpu_seconds - before
         self.run_folder.append_metrics(record)
         known = server.state
-        self.store.save(server.plain_state(), known.tensors, known.best_tensors)
+        self.store.save(server.plain_state(), known.tensors, known.best_tensors, server.beside())
         return record
 
     def evaluate(self, tensors: Mapping[str, Tensor]) -> Scores:
         """Score global values on the server's validation rows."""
-        return self.trainer.score_values(tensors, self.trainer.data.validation)
+        with self.watch.paused():
+            return self.trainer.score_values(tensors, self.trainer.data.validation)
+
+    def score_clients(self) -> list[dict[str, Any]]:
+        """Score each client's test rows by the global values and by its own, in order.
+
+        Of nodes of a deployment a client that cannot be reached is left out.
+        """
+        return client_scores(self.trainer, self.store, self.server.state.tensors)
 
 
 class InProcessDriver(Driver):
@@ -112,19 +133,19 @@ class InProcessDriver(Driver):
 
     def ask(self, instructions: Sequence[Instruction]) -> list[Reply]:
         """See :class:`Driver`."""
-        replies = []
-        for instruction in instructions:
-            client = instruction.client
-            try:
-                kept = self.store.load_client(client)
-            except CheckpointError as error:
-                replies.append(lost(instruction, error))
-                continue
-            reply, state = self.trainer.train(instruction, self.server.state.tensors, kept)
-            replies.append(reply)
-            if reply.verdict == "ok":
-                self.store.save_client(client, state, round=instruction.round)
-        return replies
+        with self.watch.paused():
+            return [self._train(instruction) for instruction in instructions]
+
+    def _train(self, instruction: Instruction) -> Reply:
+        client = instruction.client
+        try:
+            kept = self.store.load_client(client)
+            reply, state = self.trainer.train(instruction, self.server.given(instruction), kept)
+        except CheckpointError as error:
+            return lost(instruction, error)
+        if reply.verdict == "ok":
+            self.store.save_client(client, state, round=instruction.round)
+        return reply
 
 
 def lost(instruction: Instruction, error: Exception | str) -> Reply:

@@ -30,6 +30,9 @@ class Instruction:
         rate, shape: Of layer dropout; rate 0: no layer is dropped.
         must_share: Layers that the client sends even if it keeps its own.
         population: Mean importance per layer over the clients; empty before any is known.
+        group: Of a trial; empty: there is none.
+        trained_layers: Upper layers that are trained; None: all.
+        lora_rank: Rows of the adapters that are trained; None: all.
     """
 
     round: int
@@ -38,6 +41,9 @@ class Instruction:
     shape: Shape = "uniform"
     must_share: tuple[int, ...] = ()
     population: tuple[float, ...] = ()
+    group: str = ""
+    trained_layers: int | None = None
+    lora_rank: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""

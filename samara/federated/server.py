@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from samara.data.draws import Draws, Purpose
-from samara.federated.aggregation import HEAD, Contribution, Layout, Tensor, aggregate
+from samara.federated.aggregation import HEAD, Contribution, Layout, Tensor
 from samara.federated.config import FederateConfig, FederatedDevice
 from samara.federated.configurator import (
     Candidate,
@@ -25,8 +25,11 @@ from samara.federated.configurator import (
     Outcome,
     Verdict,
 )
+from samara.federated.depth_search import DepthParts
 from samara.federated.devices import ClientCost, CostModel, client_cost, is_available
 from samara.federated.messages import Instruction, Reply, message_bytes
+from samara.federated.parts import Parts, RankParts
+from samara.federated.server_optimizers import Moments, update
 from samara.federated.sharing import SharingAudit
 from samara.train.layer_rates import Shape
 
@@ -49,8 +52,11 @@ class ServerState:
         best_tensors: Those of the best validation loss so far.
         best_loss, best_round: After how many rounds that was; None: not measured yet.
         typical_change: See :func:`samara.federated.aggregation.aggregate`.
+        moments, best_moments: Of the server's optimizer, beside either values.
         audit: Who holds which layers.
-        totals: Sums over all rounds, of what was modelled and what was measured.
+        totals: Sums over all rounds, of what was modelled and what was counted.
+        measured_cpu_seconds: Of the clients.
+        strategy_cpu_seconds: Of the server (:mod:`samara.federated.overhead`).
     """
 
     tensors: dict[str, Tensor]
@@ -60,6 +66,8 @@ class ServerState:
     best_loss: float | None = None
     best_round: int | None = None
     typical_change: float | None = None
+    moments: Moments = field(default_factory=Moments)
+    best_moments: Moments = field(default_factory=Moments)
     totals: dict[str, float] = field(
         default_factory=lambda: {
             "modelled_seconds": 0.0,
@@ -72,6 +80,7 @@ class ServerState:
         }
     )
     measured_cpu_seconds: float = 0.0
+    strategy_cpu_seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +106,7 @@ class Server:
     Attributes:
         state: Changed by :meth:`finish` alone.
         configurator: None where the method has fixed rates.
+        parts: Which part of the payload each client works on.
     """
 
     def __init__(
@@ -122,7 +132,10 @@ class Server:
         """
         self.config, self.layout = config, layout
         self.devices, self.costs = devices, costs
+        self.arm_layers = list(arm_layers)
         self.peaks = [costs.peak_bytes(layers) for layers in arm_layers]
+        kinds: dict[str, type[Parts]] = {"hetlora": RankParts, "fedadapter": DepthParts}
+        self.parts = kinds.get(config.method, Parts)(config, layout=layout, devices=devices)
         self.configurator: Configurator | None = None
         if config.method == "droppeft":
             self.configurator = Configurator(config.configurator, seed=config.seed)
@@ -149,7 +162,7 @@ class Server:
 
     def plan(self) -> Plan:
         """Decide whom to ask for what; a function of the state and the seed."""
-        config, state = self.config, self.state
+        state = self.state
         drawn = self._draw_clients()
         arms: dict[int, int] = {}
         decisions: list[Decision] = []
@@ -158,9 +171,9 @@ class Server:
             arms = {own.client: own.arm for own in decisions if own.arm is not None}
             clients = [client for client in drawn if client in arms]
         else:
-            margin = 1 + config.configurator.memory_margin
-            needed = self.peaks[0] * margin
-            clients = [c for c in drawn if needed <= self.devices[c].memory_bytes]
+            least = self.parts.least_layers(self.arm_layers[0])
+            clients = [client for client in drawn if self._fits(client, least)]
+        parts = self.parts.instruct(state.round, clients, self._fits)
         must_share, population = self._must_share(), state.audit.population()
         instructions = []
         for client in clients:
@@ -173,6 +186,7 @@ class Server:
                     shape=shape,
                     must_share=must_share,
                     population=population,
+                    **parts[client],
                 )
             )
         return Plan(
@@ -181,6 +195,15 @@ class Server:
             decisions=tuple(decisions),
             sat_out=tuple(client for client in drawn if client not in clients),
         )
+
+    def _fits(self, client: int, layers: int) -> bool:
+        """Whether a client's device has the memory for so many layers, with a margin."""
+        margin = 1 + self.config.configurator.memory_margin
+        return self.costs.peak_bytes(layers) * margin <= self.devices[client].memory_bytes
+
+    def given(self, instruction: Instruction) -> Mapping[str, Tensor]:
+        """The values that are sent with an instruction."""
+        return self.parts.given(instruction, self.state.tensors)
 
     def _rates(self, arm: int | None) -> tuple[float, Shape]:
         """Rate and shape of layer dropout for a client."""
@@ -242,21 +265,31 @@ class Server:
         costs = {c: self._cost(asked[c], by_client[c]) for c in sorted(by_client)}
         verdicts, reasons = self._verdicts(plan, by_client, costs)
         used = [by_client[client] for client in sorted(by_client) if verdicts[client] == "ok"]
-        result = aggregate(
+        result = self.parts.combine(
             state.tensors,
             [Contribution(client=r.client, weight=r.num_examples, tensors=r.tensors) for r in used],
-            self.layout,
-            max_change=config.server.max_change,
+            asked,
             typical_change=state.typical_change,
         )
         for client, reason in result.refused.items():
             verdicts[client], reasons[client] = "refused", reason
-        state.tensors, state.typical_change = result.tensors, result.typical_change
+        state.typical_change = result.typical_change
+        state.tensors, state.moments = update(
+            config.server.optimizer,
+            state.moments,
+            previous=state.tensors,
+            averaged=result.tensors,
+            sent=[group for group, own in result.senders.items() if own],
+            layout=self.layout,
+        )
         for client in sorted(by_client):
             if verdicts[client] == "ok":
                 self._note_layers(by_client[client])
         self._teach(plan, by_client, costs, verdicts)
         seconds = self._count(by_client, costs)
+        state.tensors, noted = self.parts.settle(
+            state.tensors, {c: costs[c].seconds for c in costs}, asked, _ranking(evaluate)
+        )
         scores, rolled_back = self._evaluate(evaluate)
         record = {
             "step": state.round + 1,
@@ -272,6 +305,7 @@ class Server:
                 for own in plan.instructions
             ],
             "sat_out": list(plan.sat_out),
+            **noted,
             "warnings": list(self.configurator.warnings) if self.configurator else [],
         }
         state.round += 1
@@ -281,8 +315,8 @@ class Server:
         return client_cost(
             self.devices[reply.client],
             self.costs,
-            active_layers=reply.active_layers,
-            bytes_down=message_bytes(instruction.to_dict(), self.state.tensors),
+            active_layers=_paid_layers(instruction, reply),
+            bytes_down=message_bytes(instruction.to_dict(), self.given(instruction)),
             bytes_up=message_bytes(reply.plain(), reply.tensors),
             round=reply.round,
         )
@@ -370,11 +404,11 @@ class Server:
         best = state.best_loss
         if math.isfinite(scores.loss) and (best is None or scores.loss < best):
             state.best_loss, state.best_round = scores.loss, state.round + 1
-            state.best_tensors = dict(state.tensors)
+            state.best_tensors, state.best_moments = dict(state.tensors), state.moments
             return scores, False
         too_high = rise is not None and best is not None and scores.loss > best * (1 + rise)
         if too_high or not math.isfinite(scores.loss):
-            state.tensors = dict(state.best_tensors)
+            state.tensors, state.moments = dict(state.best_tensors), state.best_moments
             return scores, True
         return scores, False
 
@@ -393,6 +427,11 @@ class Server:
             "device": self.devices[client].name,
             "rate": instruction.rate,
             "shape": instruction.shape,
+            **{
+                name: value
+                for name in ("group", "trained_layers", "lora_rank")
+                if (value := getattr(instruction, name))
+            },
             "verdict": verdicts[client],
             "reason": reasons[client],
         }
@@ -415,7 +454,9 @@ class Server:
             "personal_layers": list(reply.sharing.personal),
             "modelled_seconds": cost.seconds,
             "modelled_joules": cost.joules,
-            "modelled_peak_bytes": self.costs.peak_bytes(most),
+            "modelled_peak_bytes": self.costs.peak_bytes(
+                max(_paid_layers(instruction, reply), default=0)
+            ),
             "bytes_down": cost.bytes_down,
             "bytes_up": cost.bytes_up,
             "measured_cpu_seconds": reply.cpu_seconds,
@@ -431,10 +472,23 @@ class Server:
             "best_loss": state.best_loss,
             "best_round": state.best_round,
             "typical_change": state.typical_change,
+            "steps": dict(state.moments.steps),
+            "best_steps": dict(state.best_moments.steps),
+            "parts": self.parts.plain_state(),
             "audit": state.audit.to_dict(),
             "totals": state.totals,
             "measured_cpu_seconds": state.measured_cpu_seconds,
+            "strategy_cpu_seconds": state.strategy_cpu_seconds,
             "configurator": self.configurator.state() if self.configurator else None,
+        }
+
+    def beside(self) -> dict[str, Tensor]:
+        """Tensors of the state other than the values: moments of the optimizer, trial groups."""
+        state = self.state
+        return {
+            **state.moments.tensors("last"),
+            **state.best_moments.tensors("best"),
+            **self.parts.tensors(),
         }
 
     def restore(
@@ -442,11 +496,14 @@ class Server:
         plain: Mapping[str, Any],
         tensors: Mapping[str, Tensor],
         best_tensors: Mapping[str, Tensor],
+        beside: Mapping[str, Tensor],
     ) -> None:
-        """Take over what :meth:`plain_state` gave, and the tensors beside it."""
+        """Take over what :meth:`plain_state` and :meth:`beside` gave, and the values."""
         self.state = ServerState(
             tensors=dict(tensors),
             best_tensors=dict(best_tensors),
+            moments=Moments.of("last", beside, plain["steps"]),
+            best_moments=Moments.of("best", beside, plain["best_steps"]),
             audit=SharingAudit.from_dict(plain["audit"]),
             totals=dict(plain["totals"]),
             **{
@@ -457,8 +514,30 @@ class Server:
                     "best_round",
                     "typical_change",
                     "measured_cpu_seconds",
+                    "strategy_cpu_seconds",
                 )
             },
         )
+        self.parts.restore(plain["parts"], beside)
         if self.configurator is not None:
             self.configurator.restore(plain["configurator"])
+
+
+def _paid_layers(instruction: Instruction, reply: Reply) -> Sequence[int]:
+    """Of each batch the layers that it costs: where lower ones are frozen, those above."""
+    if instruction.trained_layers is None:
+        return reply.active_layers
+    return [instruction.trained_layers] * len(reply.active_layers)
+
+
+def _ranking(
+    evaluate: Callable[[Mapping[str, Tensor]], Scores],
+) -> Callable[[Mapping[str, Tensor]], tuple[float, float]]:
+    """What values are compared by: accuracy, if there is one, then the loss."""
+
+    def ranked(tensors: Mapping[str, Tensor]) -> tuple[float, float]:
+        scores = evaluate(tensors)
+        loss = scores.loss if math.isfinite(scores.loss) else math.inf
+        return scores.accuracy or 0.0, -loss
+
+    return ranked
