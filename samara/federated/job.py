@@ -21,6 +21,9 @@ from samara.federated.client import Trainer
 from samara.federated.config import FederateConfig, GivenClock
 from samara.federated.configurator import make_arms
 from samara.federated.devices import CostModel, assign_devices
+from samara.federated.driver import unprotected
+from samara.federated.protection import Protection
+from samara.federated.randomness import Secrets, require_packages
 from samara.federated.results import client_scores, results
 from samara.federated.server import Server
 from samara.federated.store import Store, to_torch
@@ -60,6 +63,7 @@ class Job:
 
     def __init__(self, config: FederateConfig, run: RunFolder) -> None:
         self.config, self.run = config, run
+        require_packages(config.privacy)
         rows = read_task_rows(config)
         test = read_task(Path(config.task.data).expanduser(), config.task)
         labels = None
@@ -82,11 +86,22 @@ class Job:
         )
         objective: Objective = LabelLoss() if labels else causal_objective(loaded.model)
         self.adaptation = _adapt(config, loaded)
-        self.trainer = Trainer(config, loaded.model, data=data, objective=objective)
+        secrets = Secrets(run.path, config.privacy, seed=config.seed)
+        self.trainer = Trainer(
+            config, loaded.model, data=data, objective=objective, secrets=secrets
+        )
         self.parents = self._parents(rows, loaded)
         batch = self._first_batch()
         self.trainer.flops = measure_flops(self.trainer, batch, drops=self._drops)
         costs = self._costs(batch)
+        protection = None
+        if config.privacy.is_on:
+            protection = Protection(
+                config,
+                layout=self.trainer.layout,
+                num_clients=data.num_clients,
+                secrets=secrets,
+            )
         self.server = Server(
             config,
             layout=self.trainer.layout,
@@ -96,6 +111,7 @@ class Job:
             costs=costs,
             arm_layers=self._arm_layers(),
             tensors=self.trainer.tensors(),
+            protection=protection,
         )
         self.store = Store(run.path, identity={"method": config.method, **self.parents})
 
@@ -194,10 +210,12 @@ class Job:
             joules=totals["modelled_joules"],
         )
         self.run.write_lineage(Lineage(parents=self.parents, spent=spent))
-        write_json(
-            self.run.path / RESULTS,
-            results(server, trainer, best=best, last=last, clients=scored, parents=self.parents),
-        )
+        found = results(server, trainer, best=best, last=last, clients=scored, parents=self.parents)
+        if server.protection is not None:
+            write_json(unprotected(self.run).path / RESULTS, found)
+            costs = server.expected_costs()
+            found = server.protection.public_results(found, costs, state.round)
+        write_json(self.run.path / RESULTS, found)
 
 
 def _adapt(config: FederateConfig, loaded: TaskModel) -> PeftAdaptation | None:

@@ -106,5 +106,6 @@ def results(
             "flops": state.totals["flops"],
         },
         "best_arms": server.configurator.best_arms(state.round) if server.configurator else {},
+        "privacy": server.protection.summary(state.round) if server.protection else {},
         "parents": dict(parents),
     }

@@ -1,0 +1,109 @@
+"""How much of a privacy budget is spent: Opacus's accountant, asked before anything is done.
+
+Every round is one Gaussian mechanism on a Poisson sample (each client joins by itself with the same
+probability), every step of DP-SGD one on a Poisson sample of rows. Their Renyi divergences add up
+(Mironov 2017; Mironov, Talwar and Zhang 2019) and are turned into (epsilon, delta) at the end.
+Neighbours differ by one client, or one row, more or less.
+
+Rate and noise are the same in every round, so what is spent is a function of the number of rounds:
+there is no state that a run which goes on could lose.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from samara.errors import ConfigError
+from samara.federated.privacy_config import GaussianPrivacy
+
+ORDERS = (*(1 + x / 10 for x in range(1, 100)), *range(11, 64), 128, 256, 512, 1024)
+"""Orders of the divergence that are tried."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """A promise, and how fast rounds use it up.
+
+    Attributes:
+        epsilon, delta: Promised.
+        noise_multiplier: Standard deviation of the noise over the clipping norm.
+        rate: Probability of being in the sample of a step.
+        steps: Of a round.
+    """
+
+    epsilon: float
+    delta: float
+    noise_multiplier: float
+    rate: float
+    steps: int
+
+    def spent(self, rounds: int) -> float:
+        """Epsilon after so many rounds; 0 of none."""
+        steps = rounds * self.steps
+        return epsilon_of(self.noise_multiplier, self.rate, steps, self.delta)
+
+    def allows(self, rounds: int) -> bool:
+        """Whether so many rounds stay within it."""
+        return self.spent(rounds) <= self.epsilon
+
+
+@functools.lru_cache(maxsize=4096)
+def epsilon_of(noise_multiplier: float, rate: float, steps: int, delta: float) -> float:
+    """Epsilon of so many steps."""
+    from opacus.accountants import RDPAccountant
+
+    if steps == 0:
+        return 0.0
+    accountant = RDPAccountant()
+    accountant.history = [(noise_multiplier, rate, steps)]
+    return float(accountant.get_epsilon(delta, alphas=list(ORDERS)))
+
+
+@functools.lru_cache(maxsize=4096)
+def make_budget(
+    promise: GaussianPrivacy, *, rate: float, steps: int, rounds: int, key: str
+) -> Budget:
+    """Settle the noise of a promise.
+
+    Args:
+        promise: Of the recipe.
+        rate: Probability of being in the sample of a step.
+        steps: Of a round.
+        rounds: That are wanted.
+        key: Of the promise in the recipe, for errors.
+
+    Raises:
+        ConfigError: If no noise keeps it, or not one round stays within it.
+    """
+    from opacus.accountants.utils import get_noise_multiplier
+
+    noise = promise.noise_multiplier
+    if noise is None:
+        try:
+            noise = get_noise_multiplier(
+                target_epsilon=promise.epsilon,
+                target_delta=promise.delta,
+                sample_rate=rate,
+                steps=rounds * steps,
+                epsilon_tolerance=min(0.01, promise.epsilon / 100),
+                alphas=list(ORDERS),
+            )
+        except ValueError:
+            raise ConfigError(
+                f"{key}.epsilon: {promise.epsilon:g} is too little for {rounds} rounds with any "
+                "noise; raise it"
+            ) from None
+    budget = Budget(
+        epsilon=promise.epsilon,
+        delta=promise.delta,
+        noise_multiplier=noise,
+        rate=rate,
+        steps=steps,
+    )
+    if not budget.allows(1):
+        raise ConfigError(
+            f"{key}.noise_multiplier: with {noise:g} the first round spends epsilon "
+            f"{budget.spent(1):.3g} of {promise.epsilon:g}; raise it, or leave it out"
+        )
+    return budget
