@@ -135,16 +135,10 @@ class Trainer:
         rows = self.data.client(instruction.client)
         key = None
         if self.config.privacy.records is not None:
-            budget = self.record_budget(instruction.client)
-            if not budget.allows(state.charged + 1):
-                message = (
-                    f"its privacy budget is spent: epsilon {budget.spent(state.charged):.3g} of "
-                    f"{budget.epsilon:g}"
-                )
+            key = self._charge(instruction, tensors, state)
+            if key is None:
+                message = "its privacy budget would be passed"
                 return self._failed(instruction, "error", message, []), state
-            assert self.secrets is not None
-            own = [state.personal[name] for name in sorted(state.personal)]
-            key = training_key(self.secrets.client(instruction.client), instruction, tensors, own)
         self.load(self.local_values(tensors, state))
         before = self.score(rows.validation)
         meter = ImportanceMeter(self.config.sharing.importance, self._groups())
@@ -181,8 +175,18 @@ class Trainer:
             flops=progress.flops,
             cpu_seconds=time.process_time() - started,
         )
-        charged = state.charged + (key is not None)
-        return reply, ClientState(sharing=sharing, personal=kept, charged=charged)
+        return reply, ClientState(sharing=sharing, personal=kept)
+
+    def _charge(
+        self, instruction: Instruction, tensors: Mapping[str, Tensor], state: ClientState
+    ) -> bytes | None:
+        """Charge the client's budget for this training: its key, or None if that would pass it."""
+        assert self.secrets is not None
+        client = instruction.client
+        own = [state.personal[name] for name in sorted(state.personal)]
+        key = training_key(self.secrets.client(client), instruction, tensors, own)
+        fits = self.secrets.charge(client, key, self.record_budget(client).allows)
+        return key if fits else None
 
     def record_budget(self, client: int) -> Budget:
         """What a client has to give of its rows' privacy."""

@@ -179,7 +179,7 @@ class InProcessDriver(Driver):
             tensors = self.server.state.tensors
             reply, state = self.trainer.train(instruction, tensors, kept)
             memory = self._memories.get(client)
-            replies.append(protect(self.trainer, reply, tensors, state, memory))
+            replies.append(protect(self.trainer, reply, tensors, memory))
             if reply.verdict == "ok":
                 self.store.save_client(client, state, round=instruction.round)
         return replies

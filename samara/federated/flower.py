@@ -231,7 +231,7 @@ def train_message(message: Any, context: Any) -> Any:
             state = job.store.load_client(instruction.client, round=round)
         tensors = _from_record(message.content[ARRAYS])
         reply, state = job.trainer.train(instruction, tensors, state)
-        reply = protect(job.trainer, reply, tensors, state, memory)
+        reply = protect(job.trainer, reply, tensors, memory)
     except CheckpointError as error:
         reply = lost(instruction, error)
     if reply.verdict == "ok":

@@ -16,6 +16,7 @@ from samara.adapt.peft_methods import ADAPTER, PeftAdaptation
 from samara.adapt.tasks import LabelLoss, causal_objective
 from samara.data.rows import Batch
 from samara.errors import ConfigError
+from samara.federated.accounting import require_round
 from samara.federated.calibration import calibrate, measure_flops
 from samara.federated.client import Trainer
 from samara.federated.config import FederateConfig, GivenClock
@@ -95,6 +96,9 @@ class Job:
         self.trainer.flops = measure_flops(self.trainer, batch, drops=self._drops)
         costs = self._costs(batch)
         protection = None
+        if config.privacy.records is not None:
+            budgets = (self.trainer.record_budget(client) for client in range(data.num_clients))
+            require_round(budgets, key="privacy.records")
         if config.privacy.is_on:
             protection = Protection(
                 config,

@@ -124,12 +124,10 @@ class ClientState:
     Attributes:
         sharing: Importance, personal layers, and how firmly.
         personal: The values of the personal layers, and of the head if it is personal.
-        charged: Trainings that its privacy budget was charged for.
     """
 
     sharing: SharingState = field(default_factory=SharingState)
     personal: Mapping[str, Tensor] = field(default_factory=dict)
-    charged: int = 0
 
 
 def message_bytes(plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:

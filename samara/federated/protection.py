@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from samara.federated.accounting import Budget, make_budget
+from samara.federated.accounting import Budget, make_budget, require_round
 from samara.federated.aggregation import HEAD, Aggregate, Layout, Tensor, malformed
 from samara.federated.aggregation import Contribution as Sent
 from samara.federated.config import FederateConfig
@@ -89,6 +89,7 @@ class Protection:
                 rounds=config.server.rounds,
                 key="privacy.client",
             )
+            require_round([self.budget], key="privacy.client")
         self._grid: Grid | None = None
         if self.privacy.sums_vectors:
             self._grid = make_grid(config, num_clients)
@@ -135,7 +136,9 @@ class Protection:
             total, clients = self._plain_sum(previous, replies, refused)
         if self.privacy.client is not None:
             tensors = self._noisy_mean(previous, total, round)
-            senders = dict.fromkeys(group_names(self.layout), clients)
+            # Everybody: who sent nothing counts as zeros, in a round that nobody joined too.
+            everybody = tuple(range(self.num_clients))
+            senders = dict.fromkeys(group_names(self.layout), everybody)
         elif total is None:
             tensors, senders = dict(previous), dict.fromkeys(group_names(self.layout), ())
         else:

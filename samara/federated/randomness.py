@@ -1,11 +1,14 @@
 """Random numbers that nobody can foresee, and that a run which goes on draws again.
 
 A promise of differential privacy holds against who does not know the noise and who was drawn. So
-both come from a key of 256 bits from the system's secure source, drawn once and kept in the folder
-of whom it belongs to, readable by its owner alone:
+both come from a key of 256 bits from the system's secure source, drawn once and kept on the disk of
+whom it belongs to, readable by its owner alone:
 
-    RUN/privacy.key                        the server's: draws of clients, and noise on their sum
-    RUN/clients/client-00000012/privacy.key   a client's: draws of its rows, and noise in training
+    RUN/privacy/server.key            draws of clients, and noise on their sum
+    RUN/privacy/client-00000012.key   draws of a client's rows, and noise in its training
+    RUN/privacy/client-00000012.json  what its rows' budget was charged for
+
+They outlast the removal of what a client keeps: a client that starts anew has the budget it had.
 
 A stream is ChaCha20 (RFC 8439) under a key derived from that one by HKDF (RFC 5869) and a text that
 names the purpose. The text of a noise also names *what it is added to*: the same sum gets the same
@@ -20,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +31,9 @@ import numpy.typing as npt
 
 from samara.errors import CheckpointError, ConfigError
 from samara.federated.privacy_config import PrivacyConfig
-from samara.runs import sync_folder
+from samara.runs import read_json, sync_folder, write_json
 
-KEY = "privacy.key"
+FOLDER = "privacy"
 KEY_BYTES = 32
 
 
@@ -79,7 +83,7 @@ def derive(key: bytes, purpose: str) -> bytes:
 
 
 class Secrets:
-    """The keys of one run.
+    """The keys of one run, and what its clients were charged for.
 
     Args:
         run: Its folder.
@@ -88,20 +92,21 @@ class Secrets:
     """
 
     def __init__(self, run: Path, privacy: PrivacyConfig, *, seed: int) -> None:
-        self._run, self._is_secret, self._seed = run, privacy.randomness == "secret", seed
+        self._folder, self._seed = run / FOLDER, seed
+        self._is_secret = privacy.randomness == "secret"
 
     def server(self) -> bytes:
         """The server's key."""
-        return self._key(self._run / KEY, "server")
+        return self._key("server")
 
     def client(self, client: int) -> bytes:
         """A client's key."""
-        folder = self._run / "clients" / f"client-{client:08d}"
-        return self._key(folder / KEY, f"client-{client}")
+        return self._key(_name(client))
 
-    def _key(self, path: Path, owner: str) -> bytes:
+    def _key(self, owner: str) -> bytes:
         if not self._is_secret:
             return hashlib.sha256(f"reproducible/{self._seed}/{owner}".encode()).digest()
+        path = self._folder / f"{owner}.key"
         if not path.exists():
             _write_new(path, secrets.token_bytes(KEY_BYTES))
         key = path.read_bytes()
@@ -111,6 +116,40 @@ class Secrets:
                 "without the key the run cannot go on"
             )
         return key
+
+    # --- what a client was charged for ------------------------------------------------------------
+
+    def charged(self, client: int) -> int:
+        """Trainings that a client's budget was charged for."""
+        return len(self._charges(client))
+
+    def charge(self, client: int, key: bytes, allows: Callable[[int], bool]) -> bool:
+        """Charge a client's budget, on disk, before anything is done; once for one training.
+
+        Args:
+            client: Its number.
+            key: Of the training.
+            allows: Whether so many stay within the budget.
+
+        Returns:
+            Whether they do; if not, nothing is charged.
+        """
+        charges = self._charges(client)
+        mark = hashlib.sha256(key).hexdigest()[:32]
+        if mark in charges:
+            return True
+        if not allows(len(charges) + 1):
+            return False
+        write_json(self._folder / f"{_name(client)}.json", [*charges, mark])
+        return True
+
+    def _charges(self, client: int) -> list[str]:
+        path = self._folder / f"{_name(client)}.json"
+        return list(read_json(path)) if path.exists() else []
+
+
+def _name(client: int) -> str:
+    return f"client-{client:08d}"
 
 
 def _write_new(path: Path, data: bytes) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from samara.federated.aggregation import Tensor
 from samara.federated.client import Trainer
 from samara.federated.fixed_point import IntVector, group_names, make_grid
-from samara.federated.messages import ClientState, Reply
+from samara.federated.messages import Reply
 from samara.federated.secure_sum import MASKED, Answer, Participant, Refused
 from samara.federated.sharing import SharingState
 
@@ -28,7 +28,6 @@ def protect(
     trainer: Trainer,
     reply: Reply,
     previous: Mapping[str, Tensor],
-    kept: ClientState,
     memory: Memory | None,
 ) -> Reply:
     """A reply as it leaves the client.
@@ -37,7 +36,6 @@ def protect(
         trainer: Of the client.
         reply: Of its training.
         previous: The server's values.
-        kept: What the client keeps from now on: it counts what its rows have given away.
         memory: Of the stages before, of a secure sum.
     """
     config = trainer.config
@@ -50,7 +48,9 @@ def protect(
         reply = replace(reply, tensors={MASKED: masked})
     epsilon = None
     if config.privacy.records is not None and config.privacy.secure_sum is None:
-        epsilon = trainer.record_budget(reply.client).spent(kept.charged)
+        assert trainer.secrets is not None
+        charged = trainer.secrets.charged(reply.client)
+        epsilon = trainer.record_budget(reply.client).spent(charged)
     tokens = config.local.batch_size * config.data.sequence_length
     flops = [trainer.flops.fixed + k * trainer.flops.per_layer for k in reply.active_layers]
     return replace(

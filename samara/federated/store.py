@@ -142,7 +142,7 @@ class Store:
         write_tensors(
             self._folder(client) / f"round-{round:08d}",
             {PERSONAL: to_torch(state.personal)},
-            state={**state.sharing.to_dict(), "charged": state.charged},
+            state=state.sharing.to_dict(),
             identity={"client": client, **self.identity},
         )
         self._newest[client] = round
@@ -173,7 +173,6 @@ class Store:
         return ClientState(
             sharing=SharingState.from_dict(data["state"]),
             personal=to_numpy(load_file(path / PERSONAL)),
-            charged=data["state"].get("charged", 0),
         )
 
     def export_client(self, client: int, target: Path) -> None:
@@ -204,7 +203,6 @@ class Store:
         state = ClientState(
             sharing=SharingState.from_dict(data["state"]),
             personal=to_numpy(load_file(source / PERSONAL)),
-            charged=data["state"].get("charged", 0),
         )
         self.save_client(client, state, round=round)
         return state
