@@ -5,15 +5,15 @@ probability), every step of DP-SGD one on a Poisson sample of rows. Their Renyi 
 (Mironov 2017; Mironov, Talwar and Zhang 2019) and are turned into (epsilon, delta) at the end.
 Neighbours differ by one client, or one row, more or less.
 
-Rate and noise are the same in every round, so what is spent is a function of the number of rounds:
-there is no state that a run which goes on could lose.
+What was done is kept as it was done, with the noise and the rate of its time: a recipe that is
+changed before a run goes on changes nothing about what is spent already.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -25,6 +25,10 @@ from samara.federated.privacy_config import GaussianPrivacy
 
 ORDERS = (*(1 + x / 10 for x in range(1, 100)), *range(11, 64), 128, 256, 512, 1024)
 """Orders of the divergence that are tried."""
+
+
+Entry = tuple[float, float, int]
+"""Steps that were done: their noise multiplier, their sampling rate, their number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,23 +48,26 @@ class Budget:
     rate: float
     steps: int
 
-    def spent(self, rounds: int) -> float:
-        """Epsilon after so many rounds; 0 of none."""
-        steps = rounds * self.steps
-        return epsilon_of(self.noise_multiplier, self.rate, steps, self.delta)
+    def entry(self, rounds: int) -> Entry:
+        """So many rounds, as they are remembered."""
+        return (self.noise_multiplier, self.rate, rounds * self.steps)
 
-    def allows(self, rounds: int) -> bool:
-        """Whether so many rounds stay within it."""
-        return self.spent(rounds) <= self.epsilon
+    def spent(self, rounds: int, past: Sequence[Entry] = ()) -> float:
+        """Epsilon after so many rounds, and what came before them; 0 of none."""
+        return epsilon_of([*past, self.entry(rounds)], self.delta)
+
+    def allows(self, rounds: int, past: Sequence[Entry] = ()) -> bool:
+        """Whether so many rounds, after what came before them, stay within it."""
+        return self.spent(rounds, past) <= self.epsilon
 
 
-def epsilon_of(noise_multiplier: float, rate: float, steps: int, delta: float) -> float:
-    """Epsilon of so many steps, as Opacus's ``RDPAccountant`` gives it."""
+def epsilon_of(history: Sequence[Entry], delta: float) -> float:
+    """Epsilon of all these steps, as Opacus's ``RDPAccountant`` gives it."""
     from opacus.accountants.analysis.rdp import get_privacy_spent
 
-    if steps == 0:
+    if not any(steps for _, _, steps in history):
         return 0.0
-    divergences = steps * _divergences(noise_multiplier, rate)
+    divergences = sum(steps * _divergences(noise, rate) for noise, rate, steps in history)
     with _any_order():
         epsilon, _ = get_privacy_spent(orders=list(ORDERS), rdp=divergences, delta=delta)
     return float(epsilon)

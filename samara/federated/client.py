@@ -185,7 +185,7 @@ class Trainer:
         client = instruction.client
         own = [state.personal[name] for name in sorted(state.personal)]
         key = training_key(self.secrets.client(client), instruction, tensors, own)
-        fits = self.secrets.charge(client, key, self.record_budget(client).allows)
+        fits = self.secrets.charge(client, key, self.record_budget(client))
         return key if fits else None
 
     def record_budget(self, client: int) -> Budget:

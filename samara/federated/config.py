@@ -393,5 +393,6 @@ class FederateConfig(Config):
             max_change=self.server.max_change,
             clip_grad_norm=self.local.clip_grad_norm,
             precision=self.local.precision,
+            per_round=self.clients.per_round,
         )
         return self

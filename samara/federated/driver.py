@@ -20,7 +20,7 @@ from samara.federated.secure_client import Memory, protect, secure_stage
 from samara.federated.secure_round import SecureSum, secure_sum
 from samara.federated.server import Plan, Scores, Server
 from samara.federated.store import Store
-from samara.progress import ProgressLine
+from samara.progress import ProgressLine, say
 from samara.runs import RunFolder
 from samara.train.stop import StopSignal
 
@@ -73,6 +73,14 @@ class Driver(ABC):
                     "to go on",
                     signal_number=stop.number,
                 )
+        round = self.server.state.round
+        if round < self.server.config.server.rounds:
+            assert self.server.protection is not None
+            spent = self.server.protection.summary(round)["client"]
+            say(
+                f"federate: stopped after round {round}: the next one would pass the privacy "
+                f"budget; epsilon {spent['epsilon']:.3g} of {spent['budget']:g} is spent"
+            )
 
     @property
     def is_done(self) -> bool:

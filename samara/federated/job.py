@@ -117,7 +117,10 @@ class Job:
             tensors=self.trainer.tensors(),
             protection=protection,
         )
-        self.store = Store(run.path, identity={"method": config.method, **self.parents})
+        identity: dict[str, Any] = {"method": config.method, **self.parents}
+        if protection is not None:
+            identity["privacy"] = protection.kinds()
+        self.store = Store(run.path, identity=identity)
 
     @property
     def _drops(self) -> bool:
@@ -213,6 +216,8 @@ class Job:
             seconds=state.measured_cpu_seconds,
             joules=totals["modelled_joules"],
         )
+        if self.config.privacy.client is not None:
+            spent = self._expected_compute()
         self.run.write_lineage(Lineage(parents=self.parents, spent=spent))
         found = results(server, trainer, best=best, last=last, clients=scored, parents=self.parents)
         if server.protection is not None:
@@ -220,6 +225,18 @@ class Job:
             costs = server.expected_costs()
             found = server.protection.public_results(found, costs, state.round)
         write_json(self.run.path / RESULTS, found)
+
+    def _expected_compute(self) -> Compute:
+        """What the rounds cost on average over who may be drawn, at full depth.
+
+        What they did cost would tell how many took part, which is not to be known.
+        """
+        trainer, local, rounds = self.trainer, self.config.local, self.server.state.round
+        tokens = local.steps * local.batch_size * self.config.data.sequence_length
+        tokens *= rounds * min(self.config.clients.per_round, trainer.data.num_clients)
+        flops = trainer.flops.fixed + trainer.num_layers * trainer.flops.per_layer
+        joules = rounds * self.server.expected_costs()["modelled_joules"]
+        return Compute(tokens=tokens, flops=tokens * flops, seconds=0.0, joules=joules)
 
 
 def _adapt(config: FederateConfig, loaded: TaskModel) -> PeftAdaptation | None:

@@ -94,6 +94,7 @@ def check_privacy(
     max_change: float | None,
     clip_grad_norm: float | None,
     precision: str,
+    per_round: int,
 ) -> None:
     """Refuse what would break a promise.
 
@@ -105,6 +106,7 @@ def check_privacy(
         max_change: ``server.max_change``.
         clip_grad_norm: Of ``local``.
         precision: Of ``local``.
+        per_round: ``clients.per_round``.
 
     Raises:
         ConfigError: If something does not fit.
@@ -118,6 +120,11 @@ def check_privacy(
         raise ConfigError(
             "server.max_change: compares the replies of single clients, which `privacy` rules "
             "out (its clip bounds each of them instead); set it to null"
+        )
+    if privacy.secure_sum is not None and per_round < privacy.secure_sum.min_clients:
+        raise ConfigError(
+            f"clients.per_round: {per_round} are fewer than privacy.secure_sum.min_clients "
+            f"{privacy.secure_sum.min_clients}: no sum would be opened; raise it"
         )
     noisy = "client" if privacy.client else "records" if privacy.records else None
     if noisy and method == "droppeft" and direction in ("share_common", "share_important"):

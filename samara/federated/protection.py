@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from samara.federated.accounting import Budget, make_budget, require_round
+from samara.federated.accounting import Budget, Entry, make_budget, require_round
 from samara.federated.aggregation import HEAD, Aggregate, Layout, Tensor, malformed
 from samara.federated.aggregation import Contribution as Sent
 from samara.federated.config import FederateConfig
@@ -80,6 +81,8 @@ class Protection:
         self.rate = min(1.0, config.clients.per_round / num_clients)
         self.population: tuple[float, ...] = ()
         self.epsilons: dict[int, float] = {}
+        self._past: list[Entry] = []
+        self._since = 0
         self.budget: Budget | None = None
         if self.privacy.client is not None:
             self.budget = make_budget(
@@ -94,9 +97,15 @@ class Protection:
         if self.privacy.sums_vectors:
             self._grid = make_grid(config, num_clients)
 
+    def kinds(self) -> list[str]:
+        """What is promised: a run does not go on with other promises than it began with."""
+        names = ("client", "records", "secure_sum")
+        return [name for name in names if getattr(self.privacy, name) is not None]
+
     def allows(self, round: int) -> bool:
         """Whether the round may be run: afterwards the budget must not be passed."""
-        return self.budget is None or self.budget.allows(round + 1)
+        rounds = round + 1 - self._since
+        return self.budget is None or self.budget.allows(rounds, past=self._past)
 
     def draw(self, available: Sequence[int], round: int) -> list[int] | None:
         """Each available client by itself, or not; None where no privacy rests on it."""
@@ -210,7 +219,7 @@ class Protection:
         found: dict[str, Any] = {"randomness": self.privacy.randomness}
         if self.budget is not None:
             found["client"] = {
-                "epsilon": self.budget.spent(rounds),
+                "epsilon": self.budget.spent(rounds - self._since, past=self._past),
                 "delta": self.budget.delta,
                 "budget": self.budget.epsilon,
                 "noise_multiplier": self.budget.noise_multiplier,
@@ -284,9 +293,30 @@ class Protection:
         return {
             "population": list(self.population),
             "epsilons": {str(client): self.epsilons[client] for client in sorted(self.epsilons)},
+            "noise_multiplier": self.budget.noise_multiplier if self.budget else None,
+            "rate": self.rate,
+            "since": self._since,
+            "past": [list(entry) for entry in self._past],
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state` gave, also by way of JSON."""
+    def restore(self, state: Mapping[str, Any], round: int) -> None:
+        """Take over what :meth:`state` gave, also by way of JSON.
+
+        Args:
+            state: What it gave.
+            round: The next one; those before it stay charged with the noise that they had.
+        """
         self.population = tuple(state["population"])
         self.epsilons = {int(client): value for client, value in state["epsilons"].items()}
+        if self.budget is None:
+            return
+        assert self.privacy.client is not None
+        before, noise = state["noise_multiplier"], self.privacy.client.noise_multiplier
+        if noise is None and before is not None:
+            # It was settled for all rounds then wanted, and holds for what is left of the budget.
+            self.budget = replace(self.budget, noise_multiplier=before)
+        self._past = [(own[0], own[1], own[2]) for own in state["past"]]
+        self._since = state["since"]
+        if before is not None and (before, state["rate"]) != self.budget.entry(1)[:2]:
+            self._past.append((before, state["rate"], round - self._since))
+            self._since = round

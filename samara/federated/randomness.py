@@ -23,13 +23,14 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from samara.errors import CheckpointError, ConfigError
+from samara.federated.accounting import Budget, Entry
 from samara.federated.privacy_config import PrivacyConfig
 from samara.runs import read_json, sync_folder, write_json
 
@@ -119,31 +120,33 @@ class Secrets:
 
     # --- what a client was charged for ------------------------------------------------------------
 
-    def charged(self, client: int) -> int:
-        """Trainings that a client's budget was charged for."""
-        return len(self._charges(client))
+    def charged(self, client: int) -> list[Entry]:
+        """What a client's budget was charged for, one entry a training."""
+        return [(own["noise"], own["rate"], own["steps"]) for own in self._charges(client)]
 
-    def charge(self, client: int, key: bytes, allows: Callable[[int], bool]) -> bool:
+    def charge(self, client: int, key: bytes, budget: Budget) -> bool:
         """Charge a client's budget, on disk, before anything is done; once for one training.
 
         Args:
             client: Its number.
             key: Of the training.
-            allows: Whether so many stay within the budget.
+            budget: Of the client.
 
         Returns:
-            Whether they do; if not, nothing is charged.
+            Whether the training stays within the budget; if not, nothing is charged.
         """
         charges = self._charges(client)
         mark = hashlib.sha256(key).hexdigest()[:32]
-        if mark in charges:
+        if any(own["training"] == mark for own in charges):
             return True
-        if not allows(len(charges) + 1):
+        if not budget.allows(1, past=self.charged(client)):
             return False
-        write_json(self._folder / f"{_name(client)}.json", [*charges, mark])
+        noise, rate, steps = budget.entry(1)
+        entry = {"training": mark, "noise": noise, "rate": rate, "steps": steps}
+        write_json(self._folder / f"{_name(client)}.json", [*charges, entry])
         return True
 
-    def _charges(self, client: int) -> list[str]:
+    def _charges(self, client: int) -> list[dict[str, Any]]:
         path = self._folder / f"{_name(client)}.json"
         return list(read_json(path)) if path.exists() else []
 

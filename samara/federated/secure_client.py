@@ -50,7 +50,7 @@ def protect(
     if config.privacy.records is not None and config.privacy.secure_sum is None:
         assert trainer.secrets is not None
         charged = trainer.secrets.charged(reply.client)
-        epsilon = trainer.record_budget(reply.client).spent(charged)
+        epsilon = trainer.record_budget(reply.client).spent(0, past=charged)
     tokens = config.local.batch_size * config.data.sequence_length
     flops = [trainer.flops.fixed + k * trainer.flops.per_layer for k in reply.active_layers]
     return replace(

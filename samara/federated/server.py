@@ -537,4 +537,4 @@ class Server:
         if self.configurator is not None:
             self.configurator.restore(plain["configurator"])
         if self.protection is not None:
-            self.protection.restore(plain["privacy"])
+            self.protection.restore(plain["privacy"], self.state.round)

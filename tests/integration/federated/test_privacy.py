@@ -12,7 +12,7 @@ from opacus.accountants import RDPAccountant
 from safetensors.torch import load_file
 
 from samara.config import dump_yaml
-from samara.errors import Stopped
+from samara.errors import CheckpointError, Stopped
 from samara.federated.accounting import ORDERS
 from samara.federated.driver import InProcessDriver
 from samara.federated.federate import federate
@@ -57,7 +57,7 @@ def _driver(config, run):
 
 
 def test_epsilon_is_logged_each_round_and_the_run_stops_before_its_budget(
-    private, tmp_path, finished
+    private, tmp_path, finished, capsys
 ):
     promise = {**CLIENT, "epsilon": 4.5}
     config = private({"client": promise}, server={"rounds": 9, "max_change": None})
@@ -75,6 +75,17 @@ def test_epsilon_is_logged_each_round_and_the_run_stops_before_its_budget(
     np.testing.assert_allclose(found, expected, rtol=1e-12)
     assert result["rounds"] == len(expected)
     assert result["privacy"]["client"]["epsilon"] == found[-1]
+    said = capsys.readouterr().err
+    assert f"stopped after round {len(expected)}: the next one would pass" in said
+
+
+def test_a_run_does_not_go_on_with_another_promise(private, tmp_path, folder_of):
+    changes = {"server": {"rounds": 1, "max_change": None}}
+    federate(private({}, **changes), folder_of(tmp_path / "run"))
+    with pytest.raises(
+        CheckpointError, match=r"belongs to a run of something else \(privacy: null"
+    ):
+        federate(private({"client": CLIENT}, **changes), folder_of(tmp_path / "run"))
 
 
 def test_nothing_that_is_released_tells_of_a_single_client(private, tmp_path, finished):
@@ -89,6 +100,8 @@ def test_nothing_that_is_released_tells_of_a_single_client(private, tmp_path, fi
     assert all(set(record) <= allowed for record in log)
     steps = np.diff([record["modelled_client_seconds"] for record in log])
     np.testing.assert_allclose(steps, steps[0])  # whoever was drawn
+    lineage = json.loads((tmp_path / "run/lineage.json").read_text())
+    assert lineage["spent"]["tokens"] == 2 * 4 * 2 * 4 * 16  # as expected, not as drawn
     assert result["clients"] == {"number": 6}
     assert "measured" not in result
     audit = json.loads((tmp_path / "run/sharing.json").read_text())

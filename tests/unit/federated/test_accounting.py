@@ -13,8 +13,8 @@ from samara.federated.privacy_config import GaussianPrivacy
 
 
 def _by_hand(noise, rate, steps, delta):
-    """Poisson-sampled Gaussian at whole orders (Mironov, Talwar and Zhang 2019, eq. 5), turned
-    into epsilon by Canonne, Kamath and Steinke (2020), prop. 12."""
+    """Poisson-sampled Gaussian at whole orders (Mironov, Talwar and Zhang 2019), turned into
+    epsilon by the formula of Canonne, Kamath and Steinke (2020)."""
     found = math.inf
     for order in range(2, 64):
         terms = [
@@ -35,14 +35,14 @@ def _by_hand(noise, rate, steps, delta):
 )
 def test_epsilon_is_that_of_the_formula(noise, rate, steps):
     """Orders between the whole ones may only make it smaller, and little."""
-    by_hand, found = _by_hand(noise, rate, steps, 1e-5), epsilon_of(noise, rate, steps, 1e-5)
+    by_hand, found = _by_hand(noise, rate, steps, 1e-5), epsilon_of([(noise, rate, steps)], 1e-5)
     assert 0.97 * by_hand < found <= by_hand * (1 + 1e-9)
 
 
 @pytest.mark.parametrize(("rate", "figure"), [(0.1, 4.02), (1.0, 49.4)])
 def test_epsilon_is_that_of_dp_accounting(rate, figure):
     """dp-accounting 0.6.0, by Flower's RdpAccountant: noise 1, 50 rounds, delta 1e-3."""
-    assert epsilon_of(1.0, rate, 50, 1e-3) == pytest.approx(figure, abs=0.05)
+    assert epsilon_of([(1.0, rate, 50)], 1e-3) == pytest.approx(figure, abs=0.05)
 
 
 def test_epsilon_is_what_opacus_counts_step_by_step():
@@ -50,7 +50,12 @@ def test_epsilon_is_what_opacus_counts_step_by_step():
     for _ in range(30):
         accountant.step(noise_multiplier=1.3, sample_rate=0.2)
     expected = accountant.get_epsilon(1e-4, alphas=list(ORDERS))
-    assert epsilon_of(1.3, 0.2, 30, 1e-4) == pytest.approx(expected, rel=1e-12)
+    assert epsilon_of([(1.3, 0.2, 30)], 1e-4) == pytest.approx(expected, rel=1e-12)
+    for _ in range(10):
+        accountant.step(noise_multiplier=2.0, sample_rate=0.1)
+    expected = accountant.get_epsilon(1e-4, alphas=list(ORDERS))
+    mixed = [(1.3, 0.2, 30), (2.0, 0.1, 10)]
+    assert epsilon_of(mixed, 1e-4) == pytest.approx(expected, rel=1e-12)
 
 
 def _promise(**changes):

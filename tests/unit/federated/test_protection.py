@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
 from samara.config import validate
 from samara.errors import ConfigError
+from samara.federated.accounting import epsilon_of
 from samara.federated.aggregation import Layout
 from samara.federated.config import FederateConfig
 from samara.federated.messages import Reply
@@ -127,6 +130,27 @@ def test_the_next_round_is_refused_before_it_would_pass_the_budget(tmp_path):
     assert protection.summary(last + 1)["client"]["epsilon"] > 4.0
 
 
+def test_rounds_stay_charged_with_the_noise_they_had_when_the_recipe_changes(tmp_path):
+    """Ten rounds of noise 1, then ten of noise 5; or more rounds with a noise settled for ten."""
+    first = _protection(tmp_path, {"client": CLIENT})
+    louder = _protection(tmp_path, {"client": {**CLIENT, "noise_multiplier": 5.0}})
+    louder.restore(json.loads(json.dumps(first.state())), 10)
+    assert louder.summary(10)["client"]["epsilon"] == first.summary(10)["client"]["epsilon"]
+    expected = epsilon_of([(1.0, 0.2, 10), (5.0, 0.2, 10)], 0.01)
+    assert louder.summary(20)["client"]["epsilon"] == pytest.approx(expected)
+    again = _protection(tmp_path, {"client": {**CLIENT, "noise_multiplier": 5.0}})
+    again.restore(json.loads(json.dumps(louder.state())), 20)
+    assert again.summary(20) == louder.summary(20)
+
+    settled = {**CLIENT, "epsilon": 4.0, "noise_multiplier": None}
+    ten = _protection(tmp_path, {"client": settled}, server={"rounds": 10, "max_change": None})
+    more = _protection(tmp_path, {"client": settled}, server={"rounds": 20, "max_change": None})
+    assert more.budget.noise_multiplier > ten.budget.noise_multiplier
+    more.restore(json.loads(json.dumps(ten.state())), 10)
+    assert more.summary(10) == ten.summary(10)
+    assert not more.allows(11)
+
+
 def test_a_secure_sum_that_was_not_opened_leaves_the_values_as_they_are(tmp_path):
     protection = _protection(tmp_path, {"secure_sum": {"clip": 1.0}})
     secure = SecureSum(replies=[], problem="the sum was not opened: 1 clients were left")
@@ -191,6 +215,10 @@ def test_a_secure_sum_that_was_not_opened_leaves_the_values_as_they_are(tmp_path
                 "method": "fedlora_checkpointing",
             },
             "method: fedlora_checkpointing runs layers twice.*use fedlora",
+        ),
+        (
+            {"privacy": {"secure_sum": {"clip": 1.0, "min_clients": 11}}},
+            "clients.per_round: 10 are fewer than privacy.secure_sum.min_clients 11.*raise it",
         ),
         (
             {"privacy": {"secure_sum": {}}},

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import stat
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from samara.errors import CheckpointError, ConfigError
+from samara.federated.accounting import Budget
 from samara.federated.privacy_config import GaussianPrivacy, PrivacyConfig, SecureSumConfig
 from samara.federated.randomness import Secrets, Stream, require_packages
 
@@ -67,12 +69,18 @@ def test_reproducible_keys_follow_from_the_seed(tmp_path):
 
 def test_a_training_is_charged_once_and_never_beyond_the_budget(tmp_path):
     secrets = Secrets(tmp_path, PrivacyConfig(), seed=1)
+    budget = Budget(epsilon=3.0, delta=0.01, noise_multiplier=1.0, rate=0.5, steps=1)
+    assert (budget.allows(2), budget.allows(3)) == (True, False)
     trainings = [bytes([number]) * 32 for number in range(3)]
-    assert all(secrets.charge(7, key, lambda n: n <= 2) for key in trainings[:2])
-    assert secrets.charge(7, trainings[0], lambda n: n <= 2)  # done again after a crash
-    assert not secrets.charge(7, trainings[2], lambda n: n <= 2)
-    assert (secrets.charged(7), secrets.charged(8)) == (2, 0)
-    assert Secrets(tmp_path, PrivacyConfig(), seed=1).charged(7) == 2
+    assert all(secrets.charge(7, key, budget) for key in trainings[:2])
+    assert secrets.charge(7, trainings[0], budget)  # done again after a crash
+    assert not secrets.charge(7, trainings[2], budget)
+    assert (secrets.charged(7), secrets.charged(8)) == ([(1.0, 0.5, 1)] * 2, [])
+    again = Secrets(tmp_path, PrivacyConfig(), seed=1)
+    assert again.charged(7) == secrets.charged(7)
+    # More noise from now on changes nothing about what is spent.
+    louder = replace(budget, noise_multiplier=100.0)
+    assert louder.spent(0, past=again.charged(7)) == budget.spent(2)
 
 
 @pytest.mark.parametrize(
