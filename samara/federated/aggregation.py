@@ -82,7 +82,7 @@ def aggregate(
     contributions: Sequence[Contribution],
     layout: Layout,
     *,
-    max_change: float,
+    max_change: float | None,
     typical_change: float | None = None,
 ) -> Aggregate:
     """Check the replies of a round and average what is sound.
@@ -91,7 +91,8 @@ def aggregate(
         previous: The server's tensors, all of them.
         contributions: One a client, in any order.
         layout: What there is to send.
-        max_change: A reply that moved more than so many times the median reply is refused.
+        max_change: A reply that moved more than so many times the median reply is refused; None:
+            none is for that.
         typical_change: Of an earlier round; judges a reply that is alone in its round.
     """
     ordered = sorted(contributions, key=lambda item: item.client)
@@ -99,7 +100,7 @@ def aggregate(
     refused: dict[int, str] = {}
     sound: list[Contribution] = []
     for item in ordered:
-        problem = _malformed(item, layout)
+        problem = malformed(item, layout)
         if problem is None:
             sound.append(item)
         else:
@@ -111,7 +112,7 @@ def aggregate(
     accepted = []
     for item in sound:
         change = changes[item.client]
-        if usual is not None and change > max_change * usual:
+        if usual is not None and max_change is not None and change > max_change * usual:
             refused[item.client] = (
                 f"moved {change:.3g} per element, more than {max_change:g} times the median "
                 f"{usual:.3g}"
@@ -153,7 +154,7 @@ def _mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return mean
 
 
-def _malformed(item: Contribution, layout: Layout) -> str | None:
+def malformed(item: Contribution, layout: Layout) -> str | None:
     """What is wrong with a reply by itself; None if nothing is."""
     if not np.isfinite(item.weight) or item.weight <= 0:
         return f"weight {item.weight} is not a positive number"

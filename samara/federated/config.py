@@ -16,6 +16,7 @@ from pydantic import (
 from samara.adapt.config import FinetuneData, LabelsConfig
 from samara.config import Config
 from samara.errors import ConfigError
+from samara.federated.privacy_config import PrivacyConfig, check_privacy
 from samara.measure.tasks_config import PerplexityConfig
 from samara.train.config import AdamW
 from samara.train.layer_rates import LayerDropoutConfig, Shape
@@ -75,6 +76,10 @@ class ConfiguratorConfig(Config):
     policy: Policy = EpsilonGreedy()
     per: Literal["second", "joule"] = "second"
     """What the gain of a local training is divided by."""
+    rewards: Literal["clients", "server"] = "clients"
+    """What a gain is measured on. `clients`: each client's own validation rows. `server`: the
+    server's, once a round for all; every device class tries one arm a round, whoever of it takes
+    part, and the clients tell nothing."""
     discount: Share = 0.98
     """Weight that an observation loses per round."""
     explore_share: Share = 0.5
@@ -320,8 +325,8 @@ class ServerConfig(Config):
     """What the server does around the clients."""
 
     rounds: PositiveInt
-    max_change: Annotated[float, Field(gt=1.0)] = 10.0
-    """A reply that moved more than so many times the median reply is refused."""
+    max_change: Annotated[float, Field(gt=1.0)] | None = 10.0
+    """A reply that moved more than so many times the median reply is refused. Null: none is."""
     rollback_rise: NonNegativeFloat | None = 0.2
     """A rise of the validation loss above the best, relative to it, after which the server goes
     back to the best round's weights. Left out (null): only if the loss is not finite."""
@@ -359,6 +364,7 @@ class FederateConfig(Config):
     clients: ClientsConfig
     local: LocalTraining = LocalTraining()
     server: ServerConfig
+    privacy: PrivacyConfig = PrivacyConfig()
     clock: Clock = CalibratedClock()
     engine: Literal["in_process", "flower", "superlink"] = "in_process"
     """Who carries the messages, with the same result. `in_process`: this process plays server and
@@ -386,6 +392,16 @@ class FederateConfig(Config):
             )
         if self.engine == "superlink":
             self._check_deployed()
+        check_privacy(
+            self.privacy,
+            method=self.method,
+            direction=self.sharing.direction,
+            rewards=self.configurator.rewards,
+            max_change=self.server.max_change,
+            clip_grad_norm=self.local.clip_grad_norm,
+            precision=self.local.precision,
+            per_round=self.clients.per_round,
+        )
         return self
 
     def _check_deployed(self) -> None:

@@ -16,11 +16,15 @@ from samara.adapt.peft_methods import ADAPTER, PeftAdaptation
 from samara.adapt.tasks import LabelLoss, causal_objective
 from samara.data.rows import Batch
 from samara.errors import ConfigError
+from samara.federated.accounting import require_round
 from samara.federated.calibration import calibrate, measure_flops
 from samara.federated.client import Trainer
 from samara.federated.config import FederateConfig, GivenClock
 from samara.federated.configurator import make_arms
 from samara.federated.devices import CostModel, assign_devices
+from samara.federated.driver import unprotected
+from samara.federated.protection import Protection
+from samara.federated.randomness import Secrets, require_packages
 from samara.federated.results import results
 from samara.federated.run_rows import RunRows, read_run_rows
 from samara.federated.server import Server
@@ -60,12 +64,26 @@ class Job:
 
     def __init__(self, config: FederateConfig, run: RunFolder) -> None:
         self.config, self.run = config, run
+        require_packages(config.privacy)
         read = read_run_rows(config)
-        self.trainer, loaded, self.adaptation = make_trainer(config, read)
+        secrets = Secrets(run.path, config.privacy, seed=config.seed)
+        self.trainer, loaded, self.adaptation = make_trainer(config, read, secrets=secrets)
         self.parents = self._parents(read.rows, loaded)
         batch = self._first_batch()
         self.trainer.flops = measure_flops(self.trainer, batch, drops=self._drops)
         costs = self._costs(batch)
+        protection = None
+        here = self.trainer.data.parts  # of a deployment's server: none
+        if config.privacy.records is not None and here:
+            budgets = (self.trainer.record_budget(client) for client in here)
+            require_round(budgets, key="privacy.records")
+        if config.privacy.is_on:
+            protection = Protection(
+                config,
+                layout=self.trainer.layout,
+                num_clients=self.trainer.data.num_clients,
+                secrets=secrets,
+            )
         self.server = Server(
             config,
             layout=self.trainer.layout,
@@ -75,11 +93,15 @@ class Job:
             costs=costs,
             arm_layers=self._arm_layers(),
             tensors=self.trainer.tensors(),
+            protection=protection,
         )
         start = config.clients.personal_from
+        identity: dict[str, Any] = {"method": config.method, **self.parents}
+        if protection is not None:
+            identity["privacy"] = protection.kinds()
         self.store = Store(
             run.path,
-            identity={"method": config.method, **self.parents},
+            identity=identity,
             start=None if start is None else Path(start).expanduser(),
         )
         self._check_start()
@@ -199,21 +221,40 @@ class Job:
             seconds=state.measured_cpu_seconds,
             joules=totals["modelled_joules"],
         )
+        if self.config.privacy.client is not None:
+            spent = self._expected_compute()
         self.run.write_lineage(Lineage(parents=self.parents, spent=spent))
-        write_json(
-            self.run.path / RESULTS,
-            results(server, trainer, best=best, last=last, clients=clients, parents=self.parents),
+        found = results(
+            server, trainer, best=best, last=last, clients=clients, parents=self.parents
         )
+        if server.protection is not None:
+            write_json(unprotected(self.run).path / RESULTS, found)
+            costs = server.expected_costs()
+            found = server.protection.public_results(found, costs, state.round)
+        write_json(self.run.path / RESULTS, found)
+
+    def _expected_compute(self) -> Compute:
+        """What the rounds cost on average over who may be drawn, at full depth.
+
+        What they did cost would tell how many took part, which is not to be known.
+        """
+        trainer, local, rounds = self.trainer, self.config.local, self.server.state.round
+        tokens = local.steps * local.batch_size * self.config.data.sequence_length
+        tokens *= rounds * min(self.config.clients.per_round, trainer.data.num_clients)
+        flops = trainer.flops.fixed + trainer.num_layers * trainer.flops.per_layer
+        joules = rounds * self.server.expected_costs()["modelled_joules"]
+        return Compute(tokens=tokens, flops=tokens * flops, seconds=0.0, joules=joules)
 
 
 def make_trainer(
-    config: FederateConfig, read: RunRows, *, only_client: int | None = None
+    config: FederateConfig, read: RunRows, *, secrets: Secrets, only_client: int | None = None
 ) -> tuple[Trainer, TaskModel, PeftAdaptation | None]:
     """Load the model, say what of it is trained, and give it the rows of this machine.
 
     Args:
         config: The recipe.
         read: The rows.
+        secrets: The keys of the clients on this machine.
         only_client: All training rows are this client's; left out: they are dealt out.
 
     Raises:
@@ -238,7 +279,7 @@ def make_trainer(
     objective: Objective = LabelLoss() if read.labels else causal_objective(loaded.model)
     adaptation = _adapt(config, loaded)
     return (
-        Trainer(config, loaded.model, data=data, objective=objective),
+        Trainer(config, loaded.model, data=data, objective=objective, secrets=secrets),
         loaded,
         adaptation,
     )

@@ -67,6 +67,7 @@ class Reply:
         personal_hash: Of what it keeps; None: it keeps nothing.
         tokens, flops: Of its training.
         cpu_seconds: Of its training, measured on this machine.
+        epsilon: Spent of the client's own privacy budget; None: it has none, or keeps it to itself.
     """
 
     round: int
@@ -85,6 +86,7 @@ class Reply:
     tokens: int = 0
     flops: float = 0.0
     cpu_seconds: float = 0.0
+    epsilon: float | None = None
 
     @property
     def gain(self) -> float:

@@ -31,11 +31,21 @@ from samara.errors import CheckpointError, ConfigError, SamaraError
 from samara.federated.client import PassFlops, Trainer
 from samara.federated.config import FederateConfig
 from samara.federated.driver import lost
-from samara.federated.flower import ARRAYS, CONTENT, answer_of, content_of, from_record
+from samara.federated.flower import (
+    ARRAYS,
+    CONTENT,
+    SECURE,
+    answer_of,
+    content_of,
+    from_record,
+    secure_message,
+)
 from samara.federated.job import make_trainer
 from samara.federated.messages import ClientState, Instruction
+from samara.federated.randomness import Secrets, require_packages
 from samara.federated.results import score_client
 from samara.federated.run_rows import read_own_rows
+from samara.federated.secure_client import protect
 from samara.federated.store import Store
 from samara.runs import hash_weights
 
@@ -97,9 +107,16 @@ class Node:
         if settings.device is not None:
             recipe["local"] = {**recipe["local"], "device": settings.device}
         config = validate(FederateConfig, recipe)
+        if not FEDERATION_NAME.fullmatch(str(message["federation"])):
+            raise ConfigError(f"{message['federation']!r} is no name of a federation")
+        require_packages(config.privacy)
+        state = Path(settings.state).expanduser() / message["federation"]
         self.trainer: Trainer
         self.trainer, loaded, _ = make_trainer(
-            config, read_own_rows(config), only_client=settings.client
+            config,
+            read_own_rows(config),
+            secrets=Secrets(state, config.privacy, seed=config.seed),
+            only_client=settings.client,
         )
         self.trainer.flops = PassFlops(**message["flops"])
         base = hash_weights(loaded.folder)
@@ -108,11 +125,9 @@ class Node:
                 f"--node-config: model={settings.model} is not the server's base model; its hash "
                 f"is {base[:12]}, the server's {str(message['init_from'])[:12]}"
             )
-        if not FEDERATION_NAME.fullmatch(str(message["federation"])):
-            raise ConfigError(f"{message['federation']!r} is no name of a federation")
         personal = settings.personal
         self.store = Store(
-            Path(settings.state).expanduser() / message["federation"],
+            state,
             identity={"method": message["method"], "init_from": base},
             start=None if personal is None else Path(personal).expanduser(),
         )
@@ -141,6 +156,7 @@ def make_client_app() -> Any:
     app = ClientApp()
     app.train()(train_message)
     app.evaluate()(evaluate_message)
+    app.query(SECURE)(secure_message)
     return app
 
 
@@ -155,6 +171,8 @@ def train_message(message: Any, context: Any) -> Any:
         before = content["state_round"]
         tensors = from_record(message.content[ARRAYS])
         reply, state = node.trainer.train(instruction, tensors, node.kept(before))
+        memory = json.loads(context.state[SECURE]["json"]) if SECURE in context.state else None
+        reply = protect(node.trainer, reply, tensors, memory)
         if reply.verdict == "ok":
             node.keep(state, round=instruction.round, before=before)
     except Exception as error:
@@ -170,6 +188,8 @@ def evaluate_message(message: Any, context: Any) -> Any:
     answer: dict[str, Any]
     try:
         node = _node_for(context, content)
+        if node.trainer.config.privacy.is_on:
+            raise ConfigError("privacy: this node tells nobody how it scores")
         tensors = from_record(message.content[ARRAYS])
         kept = node.kept(content["state_round"])
         answer = {"scores": score_client(node.trainer, node.client, kept, tensors)}

@@ -52,7 +52,12 @@ def score_client(
 
 
 def spread(clients: Sequence[Mapping[str, Any]], which: str) -> dict[str, float]:
-    """Mean over the clients, and mean over the worst tenth of them: of accuracy, or of loss."""
+    """Mean over the clients, and mean over the worst tenth of them: of accuracy, or of loss.
+
+    Empty of none: nodes of a deployment that promises privacy do not say how they score.
+    """
+    if not clients:
+        return {}
     name = "loss" if clients[0][which]["accuracy"] is None else "accuracy"
     values = sorted(entry[which][name] for entry in clients)
     if name == "loss":
@@ -111,5 +116,6 @@ def results(
             "flops": state.totals["flops"],
         },
         "best_arms": server.configurator.best_arms(state.round) if server.configurator else {},
+        "privacy": server.protection.summary(state.round) if server.protection else {},
         "parents": dict(parents),
     }

@@ -16,7 +16,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from samara.data.draws import Draws, Purpose
-from samara.federated.aggregation import HEAD, Contribution, Layout, Tensor, aggregate
+from samara.federated.aggregation import (
+    HEAD,
+    Aggregate,
+    Contribution,
+    Layout,
+    Tensor,
+    aggregate,
+)
+from samara.federated.class_arms import ClassArms
 from samara.federated.config import FederateConfig, FederatedDevice
 from samara.federated.configurator import (
     Candidate,
@@ -27,6 +35,8 @@ from samara.federated.configurator import (
 )
 from samara.federated.devices import ClientCost, CostModel, client_cost, is_available
 from samara.federated.messages import Instruction, Reply, message_bytes
+from samara.federated.protection import Protection
+from samara.federated.secure_round import SecureSum
 from samara.federated.sharing import SharingAudit
 from samara.train.layer_rates import Shape
 
@@ -48,6 +58,7 @@ class ServerState:
         tensors: The global values of everything that is trained.
         best_tensors: Those of the best validation loss so far.
         best_loss, best_round: After how many rounds that was; None: not measured yet.
+        last_loss: Of the values as they are.
         typical_change: See :func:`samara.federated.aggregation.aggregate`.
         audit: Who holds which layers.
         totals: Sums over all rounds, of what was modelled and what was measured.
@@ -59,6 +70,7 @@ class ServerState:
     round: int = 0
     best_loss: float | None = None
     best_round: int | None = None
+    last_loss: float | None = None
     typical_change: float | None = None
     totals: dict[str, float] = field(
         default_factory=lambda: {
@@ -108,6 +120,7 @@ class Server:
         costs: CostModel,
         arm_layers: Sequence[int],
         tensors: Mapping[str, Tensor],
+        protection: Protection | None = None,
     ) -> None:
         """Start.
 
@@ -119,10 +132,13 @@ class Server:
             arm_layers: Most layers that a batch runs, for each arm of the configurator; of a
                 method without one, a single number.
             tensors: The values to begin with.
+            protection: What is done for privacy; None: nothing.
         """
+        self.protection = protection
         self.config, self.layout = config, layout
         self.devices, self.costs = devices, costs
         self.peaks = [costs.peak_bytes(layers) for layers in arm_layers]
+        self.classes = ClassArms(config, devices=devices, costs=costs, arm_layers=arm_layers)
         self.configurator: Configurator | None = None
         if config.method == "droppeft":
             self.configurator = Configurator(config.configurator, seed=config.seed)
@@ -138,6 +154,7 @@ class Server:
         scores = evaluate(self.state.tensors)
         if math.isfinite(scores.loss):
             self.state.best_loss, self.state.best_round = scores.loss, 0
+        self.state.last_loss = scores.loss
         return {
             "step": 0,
             **self.state.totals,
@@ -154,14 +171,22 @@ class Server:
         arms: dict[int, int] = {}
         decisions: list[Decision] = []
         if self.configurator is not None:
-            decisions = self.configurator.choose(state.round, [self._candidate(c) for c in drawn])
+            of_classes = config.configurator.rewards == "server"
+            candidates = [self._candidate(client) for client in drawn]
+            decisions = self.configurator.choose(
+                state.round, self.classes.candidates() if of_classes else candidates
+            )
             arms = {own.client: own.arm for own in decisions if own.arm is not None}
+            if of_classes:
+                arms = self.classes.arms(decisions, drawn)
             clients = [client for client in drawn if client in arms]
         else:
             margin = 1 + config.configurator.memory_margin
             needed = self.peaks[0] * margin
             clients = [c for c in drawn if needed <= self.devices[c].memory_bytes]
         must_share, population = self._must_share(), state.audit.population()
+        if self.protection is not None:
+            population = self.protection.population
         instructions = []
         for client in clients:
             rate, shape = self._rates(arms.get(client))
@@ -199,6 +224,10 @@ class Server:
             for client, device in enumerate(self.devices)
             if is_available(device, seed=config.seed, client=client, round=round)
         ]
+        if self.protection is not None:
+            drawn = self.protection.draw(available, round)
+            if drawn is not None:
+                return drawn
         number = min(config.clients.per_round, len(available))
         draws = Draws(seed=config.seed, purpose=Purpose.CLIENT_SAMPLE, draw=round)
         return [available[place] for place in draws.subset(number, of=len(available))]
@@ -216,6 +245,8 @@ class Server:
         sharing = self.config.sharing
         if self.config.method != "droppeft" or sharing.direction in ("all", "none"):
             return ()
+        if self.config.privacy.client is not None:
+            return ()  # who shared what does not leave the sum
         return self.state.audit.must_share(self.state.round, every=sharing.share_every_rounds)
 
     # --- after the clients ------------------------------------------------------------------------
@@ -225,6 +256,7 @@ class Server:
         plan: Plan,
         replies: Sequence[Reply],
         evaluate: Callable[[Mapping[str, Tensor]], Scores],
+        secure: SecureSum | None = None,
     ) -> dict[str, Any]:
         """Work the replies into the state.
 
@@ -232,32 +264,28 @@ class Server:
             plan: Of this round.
             replies: Of the clients that sent one, in any order.
             evaluate: Scores global values on the server's validation rows.
+            secure: The sum over the replies, where these are masked.
 
         Returns:
             The round's record for the log.
         """
-        state, config = self.state, self.config
+        state = self.state
         by_client = {reply.client: reply for reply in replies}
         asked = {own.client: own for own in plan.instructions}
         costs = {c: self._cost(asked[c], by_client[c]) for c in sorted(by_client)}
         verdicts, reasons = self._verdicts(plan, by_client, costs)
         used = [by_client[client] for client in sorted(by_client) if verdicts[client] == "ok"]
-        result = aggregate(
-            state.tensors,
-            [Contribution(client=r.client, weight=r.num_examples, tensors=r.tensors) for r in used],
-            self.layout,
-            max_change=config.server.max_change,
-            typical_change=state.typical_change,
-        )
+        result = self._aggregate(used, secure)
         for client, reason in result.refused.items():
             verdicts[client], reasons[client] = "refused", reason
         state.tensors, state.typical_change = result.tensors, result.typical_change
-        for client in sorted(by_client):
-            if verdicts[client] == "ok":
-                self._note_layers(by_client[client])
-        self._teach(plan, by_client, costs, verdicts)
+        self._note([by_client[c] for c in sorted(by_client) if verdicts[c] == "ok"], result)
         seconds = self._count(by_client, costs)
+        before = state.last_loss
         scores, rolled_back = self._evaluate(evaluate)
+        state.last_loss = state.best_loss if rolled_back else scores.loss
+        gain = math.nan if before is None else before - scores.loss
+        self._teach(plan, by_client, costs, verdicts, gain)
         record = {
             "step": state.round + 1,
             **state.totals,
@@ -274,8 +302,23 @@ class Server:
             "sat_out": list(plan.sat_out),
             "warnings": list(self.configurator.warnings) if self.configurator else [],
         }
+        if self.protection is not None:
+            record["privacy"] = self.protection.summary(state.round + 1)
         state.round += 1
         return record
+
+    def _aggregate(self, used: Sequence[Reply], secure: SecureSum | None) -> Aggregate:
+        """The new values: a mean of checked replies, or what can be made of a sum of vectors."""
+        state, config = self.state, self.config
+        if self.protection is not None and config.privacy.sums_vectors:
+            return self.protection.aggregate(state.tensors, used, secure, state.round)
+        return aggregate(
+            state.tensors,
+            [Contribution(client=r.client, weight=r.num_examples, tensors=r.tensors) for r in used],
+            self.layout,
+            max_change=config.server.max_change,
+            typical_change=state.typical_change,
+        )
 
     def _cost(self, instruction: Instruction, reply: Reply) -> ClientCost:
         return client_cost(
@@ -305,15 +348,34 @@ class Server:
                 reasons[client] = f"took {costs[client].seconds:.3g} s of {deadline:g} s (modelled)"
         return verdicts, reasons
 
-    def _note_layers(self, reply: Reply) -> None:
-        sent = {self.layout.groups[name] for name in reply.tensors} - {HEAD}
-        self.state.audit.record(
-            reply.round,
-            client=reply.client,
-            state=reply.sharing,
-            sent=sorted(map(int, sent)),
-            hash=reply.personal_hash,
-        )
+    def _note(self, used: Sequence[Reply], result: Aggregate) -> None:
+        """Remember who holds what, as far as it was said."""
+        audit = self.state.audit
+        if self.protection is not None:
+            self.protection.note(used, result, audit, self.state.round)
+            return
+        for reply in used:
+            sent = {self.layout.groups[name] for name in reply.tensors} - {HEAD}
+            audit.record(
+                reply.round,
+                client=reply.client,
+                state=reply.sharing,
+                sent=sorted(map(int, sent)),
+                hash=reply.personal_hash,
+            )
+
+    def usable(self, plan: Plan, replies: Sequence[Reply]) -> list[int]:
+        """The clients whose replies came back well and in time."""
+        by_client = {reply.client: reply for reply in replies}
+        asked = {own.client: own for own in plan.instructions}
+        costs = {c: self._cost(asked[c], by_client[c]) for c in sorted(by_client)}
+        verdicts, _ = self._verdicts(plan, by_client, costs)
+        return [client for client in sorted(by_client) if verdicts[client] == "ok"]
+
+    def expected_costs(self) -> dict[str, float]:
+        """See :meth:`~samara.federated.class_arms.ClassArms.expected`."""
+        message = message_bytes({}, self.state.tensors)
+        return self.classes.expected(round=self.state.round, message=message)
 
     def _teach(
         self,
@@ -321,8 +383,16 @@ class Server:
         replies: Mapping[int, Reply],
         costs: Mapping[int, ClientCost],
         verdicts: Mapping[int, Verdict],
+        gain: float,
     ) -> None:
         if self.configurator is None:
+            return
+        if self.config.configurator.rewards == "server":
+            message = message_bytes({}, self.state.tensors)
+            outcomes = self.classes.outcomes(
+                plan.decisions, gain=gain, round=self.state.round, message=message
+            )
+            self.configurator.observe(self.state.round, outcomes)
             return
         per_joule = self.config.configurator.per == "joule"
         outcomes = []
@@ -419,6 +489,7 @@ class Server:
             "bytes_down": cost.bytes_down,
             "bytes_up": cost.bytes_up,
             "measured_cpu_seconds": reply.cpu_seconds,
+            **({} if reply.epsilon is None else {"epsilon": reply.epsilon}),
         }
 
     # --- state ------------------------------------------------------------------------------------
@@ -430,11 +501,13 @@ class Server:
             "round": state.round,
             "best_loss": state.best_loss,
             "best_round": state.best_round,
+            "last_loss": state.last_loss,
             "typical_change": state.typical_change,
             "audit": state.audit.to_dict(),
             "totals": state.totals,
             "measured_cpu_seconds": state.measured_cpu_seconds,
             "configurator": self.configurator.state() if self.configurator else None,
+            "privacy": self.protection.state() if self.protection else None,
         }
 
     def restore(
@@ -455,6 +528,7 @@ class Server:
                     "round",
                     "best_loss",
                     "best_round",
+                    "last_loss",
                     "typical_change",
                     "measured_cpu_seconds",
                 )
@@ -462,3 +536,5 @@ class Server:
         )
         if self.configurator is not None:
             self.configurator.restore(plain["configurator"])
+        if self.protection is not None:
+            self.protection.restore(plain["privacy"], self.state.round)

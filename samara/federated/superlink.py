@@ -165,6 +165,8 @@ class SuperLinkDriver(FlowerDriver):
 
     def score_clients(self) -> list[dict[str, Any]]:
         """See :class:`~samara.federated.driver.Driver`; each client scores its own rows."""
+        if self.server.config.privacy.is_on:
+            return []  # scores on their rows would leave the clients
         clients = range(self.trainer.data.num_clients)
         contents = {client: self._content(client) for client in clients}
         scores: list[dict[str, Any]] = []
