@@ -43,6 +43,7 @@ test-flower: venv-dev
 	$(PIP_INSTALL) -e '.[federated,parallel]'
 	@# A process each: Ray's end, once in a while, takes the process along that started it twice.
 	for part in tests/integration/federated/test_flower.py $(SERVERS) \
+		tests/integration/federated/test_nodes.py \
 		tests/integration/federated/test_flower_privacy.py tests/unit/growth/test_executor.py \
 		tests/integration/test_grow.py::test_ray_gives_the_same_run; do \
 		$(TEST_ENV) FLWR_TELEMETRY_ENABLED=0 RAY_USAGE_STATS_ENABLED=0 \
