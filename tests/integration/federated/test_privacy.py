@@ -256,6 +256,23 @@ def test_the_secure_sum_is_the_plain_mean_to_the_step_of_the_grid(
     assert len({c["bytes_up"] // 100 for c in log[1]["clients"]}) == 1  # sizes tell nothing
 
 
+def test_a_client_that_is_asked_twice_in_a_round_answers_once(private, tmp_path, folder_of):
+    _, driver = _driver(private({"secure_sum": SECURE}), folder_of(tmp_path / "run"))
+    ask, again = driver.ask, []
+
+    def twice(instructions):
+        replies = ask(instructions)
+        again.extend(ask(instructions))
+        return replies
+
+    driver.ask = twice
+    record = driver.run_round()
+    assert {entry["verdict"] for entry in record["clients"]} == {"ok"}
+    assert {reply.verdict for reply in again} == {"error"}
+    assert {reply.message for reply in again} == {"has sent its vector of this round already"}
+    assert not any(reply.tensors for reply in again)
+
+
 def test_the_population_is_known_from_the_sum_and_nobodys_choice_is(private, tmp_path, folder_of):
     config = private(
         {"secure_sum": SECURE},

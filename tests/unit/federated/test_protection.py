@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from samara.config import validate
 from samara.errors import ConfigError
 from samara.federated.accounting import epsilon_of
 from samara.federated.aggregation import Layout
-from samara.federated.config import FederateConfig
+from samara.federated.config import FederateConfig, Method
 from samara.federated.messages import Reply
+from samara.federated.privacy_config import check_privacy
 from samara.federated.protection import Protection
 from samara.federated.randomness import Secrets
 from samara.federated.secure_round import SecureSum
@@ -238,3 +240,16 @@ def test_what_would_break_a_promise_is_refused(changes, message):
     privacy = changes.pop("privacy")
     with pytest.raises(ConfigError, match=message):
         _config(privacy, **changes)
+
+
+def test_a_method_that_the_promises_were_not_thought_through_for_is_refused():
+    settings = {
+        "direction": "all", "rewards": "server", "max_change": None, "clip_grad_norm": None,
+        "precision": "float32", "per_round": 10,
+    }  # fmt: skip
+    promised = _config({"client": CLIENT}).privacy
+    with pytest.raises(ConfigError, match="method: newest is not built with privacy; use one of"):
+        check_privacy(promised, method="newest", **settings)
+    check_privacy(_config({}).privacy, method="newest", **settings)
+    for method in get_args(Method):
+        check_privacy(promised, method=method, **settings)
