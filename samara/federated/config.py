@@ -387,6 +387,7 @@ class FederateConfig(Config):
             )
         check_privacy(
             self.privacy,
+            engine=self.engine,
             method=self.method,
             direction=self.sharing.direction,
             rewards=self.configurator.rewards,

@@ -20,6 +20,9 @@ METHODS = (
 """What the promises were thought through for: every client trains the same tensors, and what it
 sends of them does not depend on the others. Any other method is refused."""
 
+ENGINES = ("in_process", "flower")
+"""Those that carry what the promises need; any other is refused."""
+
 Delta = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
@@ -99,6 +102,7 @@ class PrivacyConfig(Config):
 def check_privacy(
     privacy: PrivacyConfig,
     *,
+    engine: str,
     method: str,
     direction: str,
     rewards: str,
@@ -111,6 +115,7 @@ def check_privacy(
 
     Args:
         privacy: What is promised.
+        engine: Of the recipe.
         method: Of the recipe.
         direction: ``sharing.direction``.
         rewards: ``configurator.rewards``.
@@ -125,6 +130,10 @@ def check_privacy(
     if privacy.is_on and method not in METHODS:
         raise ConfigError(
             f"method: {method} is not built with privacy; use one of {', '.join(METHODS)}"
+        )
+    if privacy.is_on and engine not in ENGINES:
+        raise ConfigError(
+            f"engine: {engine} is not built with privacy; use one of {', '.join(ENGINES)}"
         )
     if privacy.is_on and method == "droppeft" and rewards == "clients":
         raise ConfigError(

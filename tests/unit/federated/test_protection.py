@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,9 +11,9 @@ from samara.config import validate
 from samara.errors import ConfigError
 from samara.federated.accounting import epsilon_of
 from samara.federated.aggregation import Layout
-from samara.federated.config import FederateConfig, Method
+from samara.federated.config import FederateConfig
 from samara.federated.messages import Reply
-from samara.federated.privacy_config import check_privacy
+from samara.federated.privacy_config import ENGINES, METHODS, check_privacy
 from samara.federated.protection import Protection
 from samara.federated.randomness import Secrets
 from samara.federated.secure_round import SecureSum
@@ -242,14 +241,21 @@ def test_what_would_break_a_promise_is_refused(changes, message):
         _config(privacy, **changes)
 
 
-def test_a_method_that_the_promises_were_not_thought_through_for_is_refused():
+def test_a_method_or_engine_that_the_promises_were_not_thought_through_for_is_refused():
     settings = {
-        "direction": "all", "rewards": "server", "max_change": None, "clip_grad_norm": None,
-        "precision": "float32", "per_round": 10,
-    }  # fmt: skip
-    promised = _config({"client": CLIENT}).privacy
+        "direction": "all",
+        "rewards": "server",
+        "max_change": None,
+        "clip_grad_norm": None,
+        "precision": "float32",
+        "per_round": 10,
+    }
+    promised, nothing = (_config(own).privacy for own in ({"client": CLIENT}, {}))
     with pytest.raises(ConfigError, match="method: newest is not built with privacy; use one of"):
-        check_privacy(promised, method="newest", **settings)
-    check_privacy(_config({}).privacy, method="newest", **settings)
-    for method in get_args(Method):
-        check_privacy(promised, method=method, **settings)
+        check_privacy(promised, engine="flower", method="newest", **settings)
+    with pytest.raises(ConfigError, match="engine: newest is not built with privacy; use one of"):
+        check_privacy(promised, engine="newest", method="fedlora", **settings)
+    check_privacy(nothing, engine="newest", method="newest", **settings)
+    for method in METHODS:
+        for engine in ENGINES:
+            check_privacy(promised, engine=engine, method=method, **settings)
