@@ -394,6 +394,7 @@ class FederateConfig(Config):
             self._check_deployed()
         check_privacy(
             self.privacy,
+            engine=self.engine,
             method=self.method,
             direction=self.sharing.direction,
             rewards=self.configurator.rewards,

@@ -15,7 +15,7 @@ from samara.errors import CheckpointError, Stopped
 from samara.federated.aggregation import Tensor
 from samara.federated.client import Trainer
 from samara.federated.devices import fails
-from samara.federated.messages import Instruction, Reply
+from samara.federated.messages import Instruction, Reply, lost
 from samara.federated.results import client_scores
 from samara.federated.secure_client import Memory, protect, secure_stage
 from samara.federated.secure_round import SecureSum, secure_sum
@@ -194,17 +194,11 @@ class InProcessDriver(Driver):
                 replies.append(lost(instruction, error))
                 continue
             memory = self._memories.get(client)
-            replies.append(protect(self.trainer, reply, self.server.state.tensors, memory))
+            reply = protect(self.trainer, reply, self.server.state.tensors, memory)
+            replies.append(reply)
             if reply.verdict == "ok":
                 self.store.save_client(client, state, round=instruction.round)
         return replies
-
-
-def lost(instruction: Instruction, error: Exception | str) -> Reply:
-    """The reply in place of one that a client could not give."""
-    return Reply(
-        round=instruction.round, client=instruction.client, verdict="error", message=str(error)
-    )
 
 
 def unprotected(run: RunFolder) -> RunFolder:

@@ -31,9 +31,9 @@ from samara.config import validate
 from samara.errors import CheckpointError, ConfigError, ResourceError
 from samara.federated.aggregation import Tensor
 from samara.federated.config import FederateConfig
-from samara.federated.driver import Driver, lost
+from samara.federated.driver import Driver
 from samara.federated.job import Job
-from samara.federated.messages import Instruction, Reply
+from samara.federated.messages import Instruction, Reply, lost
 from samara.federated.secure_client import protect, secure_stage
 from samara.runs import RunFolder
 from samara.train.stop import StopSignal
@@ -224,7 +224,7 @@ def make_client_app() -> Any:
 
 def train_message(message: Any, context: Any) -> Any:
     """Carry out an instruction, from message to message."""
-    from flwr.app import Message
+    from flwr.app import ConfigRecord, Message
 
     content = json.loads(message.content[CONTENT]["json"])
     instruction = Instruction.from_dict(content["instruction"])
@@ -241,6 +241,8 @@ def train_message(message: Any, context: Any) -> Any:
         reply = lost(instruction, error)
     if reply.verdict == "ok":
         job.store.save_client(instruction.client, state, round=instruction.round)
+    if memory is not None:
+        context.state[SECURE] = ConfigRecord({"json": json.dumps(memory)})
     return Message(content=answer_of(reply), reply_to=message)
 
 

@@ -117,6 +117,11 @@ class Reply:
         return cls(**{**plain, **read}, tensors=tensors, cpu_seconds=cpu_seconds)
 
 
+def lost(asked: Instruction | Reply, error: Exception | str) -> Reply:
+    """The reply in place of one that a client could not give."""
+    return Reply(round=asked.round, client=asked.client, verdict="error", message=str(error))
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClientState:
     """What a client keeps between its participations.

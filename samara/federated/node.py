@@ -30,7 +30,6 @@ from samara.config import validate
 from samara.errors import CheckpointError, ConfigError, SamaraError
 from samara.federated.client import PassFlops, Trainer
 from samara.federated.config import FederateConfig
-from samara.federated.driver import lost
 from samara.federated.flower import (
     ARRAYS,
     CONTENT,
@@ -41,7 +40,7 @@ from samara.federated.flower import (
     secure_message,
 )
 from samara.federated.job import make_trainer
-from samara.federated.messages import ClientState, Instruction
+from samara.federated.messages import ClientState, Instruction, lost
 from samara.federated.randomness import Secrets, require_packages
 from samara.federated.results import score_client
 from samara.federated.run_rows import read_own_rows
@@ -162,21 +161,23 @@ def make_client_app() -> Any:
 
 def train_message(message: Any, context: Any) -> Any:
     """Carry out an instruction; what goes wrong is a reply, too."""
-    from flwr.app import Message
+    from flwr.app import ConfigRecord, Message
 
     content = json.loads(message.content[CONTENT]["json"])
     instruction = Instruction.from_dict(content["instruction"])
+    memory = json.loads(context.state[SECURE]["json"]) if SECURE in context.state else None
     try:
         node = _node_for(context, content)
         before = content["state_round"]
         tensors = from_record(message.content[ARRAYS])
         reply, state = node.trainer.train(instruction, tensors, node.kept(before))
-        memory = json.loads(context.state[SECURE]["json"]) if SECURE in context.state else None
         reply = protect(node.trainer, reply, tensors, memory)
         if reply.verdict == "ok":
             node.keep(state, round=instruction.round, before=before)
     except Exception as error:
         reply = lost(instruction, what_the_server_is_told(error))
+    if memory is not None:  # it notes that the masks are used
+        context.state[SECURE] = ConfigRecord({"json": json.dumps(memory)})
     return Message(content=answer_of(reply), reply_to=message)
 
 

@@ -9,6 +9,20 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from samara.config import Config
 from samara.errors import ConfigError
 
+METHODS = (
+    "droppeft",
+    "static_stld",
+    "fedlora",
+    "fedlora_checkpointing",
+    "frozen_depth",
+    "head_only",
+)
+"""What the promises were thought through for: every client trains the same tensors, and what it
+sends of them does not depend on the others. Any other method is refused."""
+
+ENGINES = ("in_process", "flower", "superlink")
+"""Those that carry what the promises need; any other is refused."""
+
 Delta = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
@@ -88,6 +102,7 @@ class PrivacyConfig(Config):
 def check_privacy(
     privacy: PrivacyConfig,
     *,
+    engine: str,
     method: str,
     direction: str,
     rewards: str,
@@ -100,6 +115,7 @@ def check_privacy(
 
     Args:
         privacy: What is promised.
+        engine: Of the recipe.
         method: Of the recipe.
         direction: ``sharing.direction``.
         rewards: ``configurator.rewards``.
@@ -111,6 +127,14 @@ def check_privacy(
     Raises:
         ConfigError: If something does not fit.
     """
+    if privacy.is_on and method not in METHODS:
+        raise ConfigError(
+            f"method: {method} is not built with privacy; use one of {', '.join(METHODS)}"
+        )
+    if privacy.is_on and engine not in ENGINES:
+        raise ConfigError(
+            f"engine: {engine} is not built with privacy; use one of {', '.join(ENGINES)}"
+        )
     if privacy.is_on and method == "droppeft" and rewards == "clients":
         raise ConfigError(
             "configurator.rewards: clients would tell the server their losses, which `privacy` "
@@ -132,8 +156,11 @@ def check_privacy(
             f"sharing.direction: {direction} lets a client's data decide what it sends, which "
             f"privacy.{noisy} rules out; use all, depth or none"
         )
-    if privacy.records is None:
-        return
+    if privacy.records is not None:
+        _check_records(method, clip_grad_norm, precision)
+
+
+def _check_records(method: str, clip_grad_norm: float | None, precision: str) -> None:
     if clip_grad_norm is not None:
         raise ConfigError(
             "local.clip_grad_norm: privacy.records clips the gradient of each row instead; set it "

@@ -137,10 +137,9 @@ class Protection:
         total: IntVector | None = None
         clients: tuple[int, ...] = ()
         if self.privacy.secure_sum is not None:
-            if secure is not None:
-                total, clients = secure.total, secure.clients
-                problem = secure.problem or "its vector is not in the sum"
-                refused = {r.client: problem for r in replies if r.client not in clients}
+            assert secure is not None, "the driver asks for it"
+            total, clients = secure.total, secure.clients
+            refused = {r.client: secure.problem for r in replies if r.client not in clients}
         else:
             total, clients = self._plain_sum(previous, replies, refused)
         if self.privacy.client is not None:

@@ -16,7 +16,7 @@ import numpy as np
 from samara.federated.aggregation import Tensor
 from samara.federated.client import Trainer
 from samara.federated.fixed_point import IntVector, group_names, make_grid
-from samara.federated.messages import Reply
+from samara.federated.messages import Reply, lost
 from samara.federated.secure_sum import MASKED, Answer, Participant, Refused
 from samara.federated.sharing import SharingState
 
@@ -36,15 +36,19 @@ def protect(
         trainer: Of the client.
         reply: Of its training.
         previous: The server's values.
-        memory: Of the stages before, of a secure sum.
+        memory: Of the stages before, of a secure sum; takes note that the masks are used.
     """
     config = trainer.config
     if not config.privacy.is_on:
         return reply
     if reply.verdict == "ok" and config.privacy.secure_sum is not None:
         assert memory is not None, "the stages before made it"
-        vector = summand(trainer, reply, previous)
-        masked: Any = Participant.from_dict(memory).mask(vector)
+        participant = Participant.from_dict(memory)
+        try:
+            masked: Any = participant.mask(summand(trainer, reply, previous))
+        except Refused as error:
+            return lost(reply, error)
+        memory.update(participant.to_dict())
         reply = replace(reply, tensors={MASKED: masked})
     epsilon = None
     if config.privacy.records is not None and config.privacy.secure_sum is None:

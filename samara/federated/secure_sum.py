@@ -135,6 +135,7 @@ class Participant:
         threshold: Shares that open a secret.
         keys: Client -> public halves ``mask`` and ``box`` of everybody, itself included.
         inbox: Client -> the share of its two secrets that this one holds, opened.
+        masked: Whether it has sent a vector: two under the same masks would tell their difference.
         answered: Whether it has revealed shares; it does so once.
     """
 
@@ -146,6 +147,7 @@ class Participant:
     threshold: int = 0
     keys: dict[int, dict[str, str]] = field(default_factory=dict)
     inbox: dict[int, dict[str, str]] = field(default_factory=dict)
+    masked: bool = False
     answered: bool = False
 
     @classmethod
@@ -214,7 +216,14 @@ class Participant:
             raise Refused(f"{len(self.inbox)} clients are left, {self.threshold} are needed")
 
     def mask(self, vector: IntVector) -> Masked:
-        """The vector plus its masks, modulo 2^32."""
+        """The vector plus its masks, modulo 2^32; once a round.
+
+        Raises:
+            Refused: If a vector was sent under these masks already.
+        """
+        if self.masked:
+            raise Refused("has sent its vector of this round already")
+        self.masked = True
         total = vector.astype(np.uint32) + _own_mask(bytes.fromhex(self.seed), len(vector))
         for other in sorted(self.inbox):
             if other == self.client:

@@ -129,7 +129,7 @@ def test_a_reply_says_nothing_beside_its_values(private, tmp_path, folder_of):
 def test_a_run_that_was_stopped_goes_on_to_the_same_result_with_secret_noise(
     private, tmp_path, folder_of, outcome, monkeypatch, privacy
 ):
-    config = private({**privacy, "randomness": "secret"}, server={"rounds": 3, "max_change": None})
+    config = private({**privacy, "randomness": "secret"})
     one, other = tmp_path / "one", tmp_path / "other"
     federate(config, folder_of(one))
     if "client" in privacy:
@@ -194,28 +194,28 @@ def test_each_clients_epsilon_is_what_opacus_counts_and_a_spent_client_is_out(
         server={"rounds": 12, "max_change": None},
     )
     job, driver = _driver(config, folder_of(tmp_path / "run"))
-    last: dict[int, float] = {}
-    for round in range(1, 7):
-        record = driver.run_round()
-        for entry in record["clients"]:
-            accountant = RDPAccountant()
-            rate = min(1.0, 4 / len(job.trainer.data.client(entry["client"]).train))
-            accountant.history = [(1.0, rate, 2 * round)]
-            epsilon = accountant.get_epsilon(0.01, alphas=list(ORDERS))
-            if epsilon <= 1.9:
-                assert entry["epsilon"] == pytest.approx(epsilon, rel=1e-9)
-                last[entry["client"]] = epsilon
-            else:
-                assert (entry["verdict"], entry["reason"]) == (
-                    "error",
-                    "its privacy budget would be passed",
-                )
-    refused = [entry["verdict"] == "error" for entry in record["clients"]]
-    assert any(refused)
-    assert not all(refused)
-    spent = job.server.protection.summary(6)["records"]["epsilon_largest"]
-    assert spent == pytest.approx(max(last.values()))
-    assert spent <= 1.9
+    log = [driver.run_round()["clients"] for _ in range(5)]
+    spent = {}
+    for client in range(6):
+        entries = [next(e for e in clients if e["client"] == client) for clients in log]
+        done = [entry for entry in entries if entry["verdict"] == "ok"]
+        refused = entries[len(done) :]
+        assert {entry["reason"] for entry in refused} <= {"its privacy budget would be passed"}
+        rate = min(1.0, 4 / len(job.trainer.data.client(client).train))
+        epsilon = done[-1]["epsilon"] if done else 0.0
+        assert epsilon == pytest.approx(_counted(rate, 2 * len(done)) if done else 0, rel=1e-9)
+        assert epsilon <= 1.9
+        assert not refused or _counted(rate, 2 * len(done) + 2) > 1.9
+        spent[client] = (epsilon, bool(refused))
+    assert {is_out for _, is_out in spent.values()} == {True, False}
+    largest = job.server.protection.summary(5)["records"]["epsilon_largest"]
+    assert largest == max(epsilon for epsilon, _ in spent.values())
+
+
+def _counted(rate, steps):
+    accountant = RDPAccountant()
+    accountant.history = [(1.0, rate, steps)]
+    return accountant.get_epsilon(0.01, alphas=list(ORDERS))
 
 
 def test_training_with_protected_rows_moves_the_weights_and_learns(private, tmp_path, finished):
@@ -254,6 +254,23 @@ def test_the_secure_sum_is_the_plain_mean_to_the_step_of_the_grid(
     log = RunFolder(tmp_path / "secure").metrics()
     assert all("personal_layers" not in c and "num_examples" not in c for c in log[1]["clients"])
     assert len({c["bytes_up"] // 100 for c in log[1]["clients"]}) == 1  # sizes tell nothing
+
+
+def test_a_client_that_is_asked_twice_in_a_round_answers_once(private, tmp_path, folder_of):
+    _, driver = _driver(private({"secure_sum": SECURE}), folder_of(tmp_path / "run"))
+    ask, again = driver.ask, []
+
+    def twice(instructions):
+        replies = ask(instructions)
+        again.extend(ask(instructions))
+        return replies
+
+    driver.ask = twice
+    record = driver.run_round()
+    assert {entry["verdict"] for entry in record["clients"]} == {"ok"}
+    assert {reply.verdict for reply in again} == {"error"}
+    assert {reply.message for reply in again} == {"has sent its vector of this round already"}
+    assert not any(reply.tensors for reply in again)
 
 
 def test_the_population_is_known_from_the_sum_and_nobodys_choice_is(private, tmp_path, folder_of):

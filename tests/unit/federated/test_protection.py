@@ -13,6 +13,7 @@ from samara.federated.accounting import epsilon_of
 from samara.federated.aggregation import Layout
 from samara.federated.config import FederateConfig
 from samara.federated.messages import Reply
+from samara.federated.privacy_config import ENGINES, METHODS, check_privacy
 from samara.federated.protection import Protection
 from samara.federated.randomness import Secrets
 from samara.federated.secure_round import SecureSum
@@ -238,3 +239,23 @@ def test_what_would_break_a_promise_is_refused(changes, message):
     privacy = changes.pop("privacy")
     with pytest.raises(ConfigError, match=message):
         _config(privacy, **changes)
+
+
+def test_a_method_or_engine_that_the_promises_were_not_thought_through_for_is_refused():
+    settings = {
+        "direction": "all",
+        "rewards": "server",
+        "max_change": None,
+        "clip_grad_norm": None,
+        "precision": "float32",
+        "per_round": 10,
+    }
+    promised, nothing = (_config(own).privacy for own in ({"client": CLIENT}, {}))
+    with pytest.raises(ConfigError, match="method: newest is not built with privacy; use one of"):
+        check_privacy(promised, engine="flower", method="newest", **settings)
+    with pytest.raises(ConfigError, match="engine: newest is not built with privacy; use one of"):
+        check_privacy(promised, engine="newest", method="fedlora", **settings)
+    check_privacy(nothing, engine="newest", method="newest", **settings)
+    for method in METHODS:
+        for engine in ENGINES:
+            check_privacy(promised, engine=engine, method=method, **settings)

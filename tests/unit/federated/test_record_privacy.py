@@ -154,6 +154,20 @@ def test_a_step_is_the_clipped_sum_over_the_expected_size():
     assert float((flat_found - expected).std()) == pytest.approx(deviation, rel=0.2)
 
 
+@pytest.mark.parametrize("row", range(5))
+def test_a_row_more_or_less_moves_a_step_by_no_more_than_the_clip(row):
+    """The bound that the noise is measured by, with the noise the same in both."""
+    batch, clip, found = _batch("bert"), 0.3, []
+    for rows in (range(5), [other for other in range(5) if other != row]):
+        model, objective = _bert()
+        with row_gradients(model):
+            part = {k: v[list(rows)] for k, v in batch.items()}
+            _, gradients = _step(model, objective, part, noise=0.5, clip=clip)
+        found.append(torch.cat([gradient.flatten() for gradient in gradients.values()]))
+    moved = 4 * float((found[0] - found[1]).norm())
+    assert 0.5 * clip < moved <= clip * (1 + 1e-4)
+
+
 def test_a_skipped_layer_gets_neither_gradient_nor_noise_nor_decay():
     model, objective = _bert()
     settings = LayerDropoutConfig(rate=0.67, shape="uniform", gate="budgeted")

@@ -98,8 +98,8 @@ def test_all_but_the_last_mask_still_hide_a_vector():
     """The server that knows a lost client's masking key has that client's own mask before it."""
     people, keys = _ready([0, 1, 2], 2)
     vector = np.zeros(1000, dtype=np.int64)
-    seen = people[1].mask(vector)
     bare = Participant.from_dict({**people[1].to_dict(), "seed": "00" * 32}).mask(vector)
+    seen = people[1].mask(vector)
     assert (seen == bare).sum() < 5
     assert keys[1]["mask"] != people[1].mask_key
 
@@ -141,6 +141,14 @@ def test_a_server_that_asks_for_more_than_the_sum_is_refused():
         fresh.share(keys, 3)
     with pytest.raises(Refused, match="threshold 2 of 4 clients is no majority"):
         fresh.share({**keys, 0: fresh.public_keys()}, 2)
+
+
+def test_no_two_vectors_go_out_under_the_same_masks():
+    people, _ = _ready([0, 1, 2], 2)
+    people[0].mask(np.arange(3))
+    again = Participant.from_dict(json.loads(json.dumps(people[0].to_dict())))
+    with pytest.raises(Refused, match="has sent its vector of this round already"):
+        again.mask(np.arange(3))
 
 
 def test_a_share_for_another_round_or_client_does_not_open():
