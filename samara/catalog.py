@@ -351,7 +351,7 @@ TECHNIQUES: tuple[Technique, ...] = (
     ),
     Technique(
         name="Federated fine-tuning",
-        does="rounds of server and clients, in one process or on Flower's simulation",
+        does="rounds of server and clients: one process, Flower's simulation, or devices over TLS",
         paper="DropPEFT",
         arxiv="2503.10217",
         module="samara.federated.federate",
