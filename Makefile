@@ -44,7 +44,8 @@ test-flower: venv-dev
 	$(PIP_INSTALL) -e '.[federated,parallel]'
 	@# A process each: Ray's end, once in a while, takes the process along that started it twice.
 	for part in tests/integration/federated/test_flower.py $(SERVERS) \
-		tests/unit/growth/test_executor.py \
+		tests/integration/federated/test_nodes.py \
+		tests/integration/federated/test_flower_privacy.py tests/unit/growth/test_executor.py \
 		tests/integration/test_grow.py::test_ray_gives_the_same_run \
 		tests/unit/federated/test_server_optimizers.py \
 		$(addprefix $(METHODS_ON_FLOWER)::test_,hetlora fedadapter sparse full); do \
@@ -79,7 +80,7 @@ venv-dev: .venv/installed-dev
 	@touch $@
 
 .venv/installed-dev: .venv/installed
-	$(PIP_INSTALL) -e '.[data,tracking,evaluate,adapt,registry,sign,dev]'
+	$(PIP_INSTALL) -e '.[data,tracking,evaluate,adapt,registry,sign,privacy,dev]'
 	@touch $@
 
 clean:

@@ -86,7 +86,7 @@ def aggregate(
     contributions: Sequence[Contribution],
     layout: Layout,
     *,
-    max_change: float,
+    max_change: float | None,
     typical_change: float | None = None,
     average: Average | None = None,
     others: Sequence[float] = (),
@@ -97,7 +97,8 @@ def aggregate(
         previous: The server's tensors, all of them.
         contributions: One a client, in any order.
         layout: What there is to send.
-        max_change: A reply that moved more than so many times the median reply is refused.
+        max_change: A reply that moved more than so many times the median reply is refused; None:
+            none is for that.
         typical_change: Of an earlier round; judges a reply that is alone in its round.
         average: Makes the values of the sound replies. Left out: :func:`average_tensors`.
         others: Changes of replies of this round that are averaged elsewhere; the median is theirs
@@ -108,7 +109,7 @@ def aggregate(
     refused: dict[int, str] = {}
     sound: list[Contribution] = []
     for item in ordered:
-        problem = _malformed(item, layout)
+        problem = malformed(item, layout)
         if problem is None:
             sound.append(item)
         else:
@@ -120,7 +121,7 @@ def aggregate(
     accepted = []
     for item in sound:
         change = changes[item.client]
-        if usual is not None and change > max_change * usual:
+        if usual is not None and max_change is not None and change > max_change * usual:
             refused[item.client] = (
                 f"moved {change:.3g} per element, more than {max_change:g} times the median "
                 f"{usual:.3g}"
@@ -145,7 +146,7 @@ def changes_of(
     previous: Mapping[str, Tensor], contributions: Sequence[Contribution], layout: Layout
 ) -> list[float]:
     """How much each reply moved that is well formed, per element."""
-    return [_change(own, previous) for own in contributions if _malformed(own, layout) is None]
+    return [_change(own, previous) for own in contributions if malformed(own, layout) is None]
 
 
 def average_tensors(
@@ -172,7 +173,7 @@ def _mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return mean
 
 
-def _malformed(item: Contribution, layout: Layout) -> str | None:
+def malformed(item: Contribution, layout: Layout) -> str | None:
     """What is wrong with a reply by itself; None if nothing is."""
     if not np.isfinite(item.weight) or item.weight <= 0:
         return f"weight {item.weight} is not a positive number"

@@ -21,7 +21,9 @@ from torch.nn.functional import cross_entropy
 from samara.adapt.tasks import mean_loss, predict
 from samara.data.draws import Draws, Purpose
 from samara.data.loader import training_batches
+from samara.data.rows import Batch
 from samara.errors import CheckpointError, NonFiniteLossError
+from samara.federated.accounting import Budget, make_budget
 from samara.federated.aggregation import HEAD, Layout, Tensor
 from samara.federated.config import FederateConfig
 from samara.federated.importance import ImportanceMeter
@@ -29,7 +31,15 @@ from samara.federated.messages import ClientState, Instruction, Reply, hash_of, 
 from samara.federated.mixed_ranks import truncate, widen
 from samara.federated.payload import Payload
 from samara.federated.proximal import ProximalTerm
-from samara.federated.server import Scores
+from samara.federated.randomness import Secrets
+from samara.federated.record_privacy import (
+    PrivateOptimizer,
+    SumPerRow,
+    poisson_batches,
+    row_gradients,
+    training_key,
+)
+from samara.federated.server_state import Scores
 from samara.federated.sharing import SharingState, update_importance, update_personal
 from samara.federated.store import to_numpy
 from samara.federated.task_data import ChosenRows, FederatedData
@@ -38,6 +48,7 @@ from samara.train.layer_dropout import LayerDropout
 from samara.train.layer_stack import find_layers
 from samara.train.loop import Costs, Hooks, train
 from samara.train.objective import Objective
+from samara.train.optim import Updater
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +57,15 @@ class PassFlops:
 
     fixed: float = 0.0
     per_layer: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tools:
+    """What the loop trains with."""
+
+    objective: Objective
+    optimizer: Updater
+    batches: Iterator[list[Batch]]
 
 
 class Trainer:
@@ -66,6 +86,7 @@ class Trainer:
         data: FederatedData,
         objective: Objective,
         flops: PassFlops = PassFlops(),
+        secrets: Secrets | None = None,
     ) -> None:
         """Take a model over.
 
@@ -75,7 +96,9 @@ class Trainer:
             data: Of all clients.
             objective: The loss of the task.
             flops: Of a pass, for the record.
+            secrets: The clients' keys, where their rows are protected.
         """
+        self.secrets = secrets
         self.config, self.payload, self.data = config, payload, data
         self.model, self._trained = payload.model, payload.parameters
         self.objective, self.flops = objective, flops
@@ -127,6 +150,12 @@ class Trainer:
         """
         started = time.process_time()
         rows = self.data.client(instruction.client)
+        key = None
+        if self.config.privacy.records is not None:
+            key = self._charge(instruction, tensors, state)
+            if key is None:
+                message = "its privacy budget would be passed"
+                return self._failed(instruction, "error", message, []), state
         if instruction.lora_rank is not None:
             tensors = widen(tensors, self.layout.shapes)
         self.load(self.local_values(tensors, state))
@@ -135,7 +164,7 @@ class Trainer:
         active: list[int] = []
         progress = TrainingState()
         try:
-            self._run_loop(instruction, rows.train, meter, active, progress)
+            self._run_loop(instruction, rows.train, meter, active, progress, key)
         except NonFiniteLossError as error:
             return self._failed(instruction, "not_finite", str(error), active), state
         except (torch.OutOfMemoryError, MemoryError) as error:
@@ -167,6 +196,29 @@ class Trainer:
         )
         return reply, ClientState(sharing=sharing, personal=kept)
 
+    def _charge(
+        self, instruction: Instruction, tensors: Mapping[str, Tensor], state: ClientState
+    ) -> bytes | None:
+        """Charge the client's budget for this training: its key, or None if that would pass it."""
+        assert self.secrets is not None
+        client = instruction.client
+        own = [state.personal[name] for name in sorted(state.personal)]
+        key = training_key(self.secrets.client(client), instruction, tensors, own)
+        fits = self.secrets.charge(client, key, self.record_budget(client))
+        return key if fits else None
+
+    def record_budget(self, client: int) -> Budget:
+        """What a client has to give of its rows' privacy."""
+        promise, local = self.config.privacy.records, self.config.local
+        assert promise is not None
+        return make_budget(
+            promise,
+            rate=min(1.0, local.batch_size / len(self.data.client(client).train)),
+            steps=local.steps,
+            rounds=self.config.server.rounds,
+            key="privacy.records",
+        )
+
     def _run_loop(
         self,
         instruction: Instruction,
@@ -174,23 +226,17 @@ class Trainer:
         meter: ImportanceMeter,
         active: list[int],
         progress: TrainingState,
+        key: bytes | None,
     ) -> None:
         local = self.config.local
         client, round = instruction.client, instruction.round
         torch.manual_seed(_seed(self.config.seed, client, round + 1))
         self.payload.clear()  # of a client that ran out of memory in the middle of a pass
-        batches = training_batches(
-            rows,
-            batch_size=local.batch_size,
-            micro_batch_size=local.batch_size,
-            seed=_seed(self.config.seed, client, 0),
-            start_step=round * local.steps,
-            num_steps=local.steps,
-        )
         pull = ProximalTerm(local.proximal, self._trained.values())
         with ExitStack() as stack:
             stack.enter_context(self.only_upper(instruction.trained_layers))
             gates = self._gates(instruction, stack)
+            tools = self._tools(instruction, rows, stack, key)
 
             @contextmanager
             def around(step: int, number: int) -> Iterator[Costs]:
@@ -207,10 +253,10 @@ class Trainer:
             meter.start()
             train(
                 self.model,
-                objective=self.objective,
-                optimizer=self.payload.optimizer(),
+                objective=tools.objective,
+                optimizer=tools.optimizer,
                 learning_rate=lambda _: local.optimizer.lr,
-                batches=batches,
+                batches=tools.batches,
                 state=progress,
                 num_steps=local.steps,
                 precision=local.precision,
@@ -218,6 +264,41 @@ class Trainer:
                 hooks=Hooks(around_pass=around, log_every=None),
             )
             meter.finish()
+
+    def _tools(
+        self, instruction: Instruction, rows: ChosenRows, stack: ExitStack, key: bytes | None
+    ) -> _Tools:
+        """Batches in their order and a plain optimizer, or those that protect the rows."""
+        local = self.config.local
+        if key is None:
+            batches = training_batches(
+                rows,
+                batch_size=local.batch_size,
+                micro_batch_size=local.batch_size,
+                seed=_seed(self.config.seed, instruction.client, 0),
+                start_step=instruction.round * local.steps,
+                num_steps=local.steps,
+            )
+            return _Tools(
+                objective=self.objective,
+                optimizer=self.payload.optimizer(),
+                batches=batches,
+            )
+        promise, budget = self.config.privacy.records, self.record_budget(instruction.client)
+        assert promise is not None
+        stack.enter_context(row_gradients(self.model))
+        return _Tools(
+            objective=SumPerRow(self.objective),
+            optimizer=PrivateOptimizer(
+                self.model,
+                local.optimizer,
+                budget=budget,
+                clip=promise.clip,
+                batch_size=local.batch_size,
+                key=key,
+            ),
+            batches=poisson_batches(rows, rate=budget.rate, steps=local.steps, key=key),
+        )
 
     def _gates(
         self, instruction: Instruction, stack: ExitStack

@@ -23,6 +23,7 @@ from samara.federated.methods_config import (
     MixedRanks,
     ServerUpdate,
 )
+from samara.federated.privacy_config import PrivacyConfig, check_privacy
 from samara.measure.tasks_config import PerplexityConfig
 from samara.sparse.config import SelectionConfig
 from samara.train.config import AdamW
@@ -83,6 +84,10 @@ class ConfiguratorConfig(Config):
     policy: Policy = EpsilonGreedy()
     per: Literal["second", "joule"] = "second"
     """What the gain of a local training is divided by."""
+    rewards: Literal["clients", "server"] = "clients"
+    """What a gain is measured on. `clients`: each client's own validation rows. `server`: the
+    server's, once a round for all; every device class tries one arm a round, whoever of it takes
+    part, and the clients tell nothing."""
     discount: Share = 0.98
     """Weight that an observation loses per round."""
     explore_share: Share = 0.5
@@ -340,8 +345,8 @@ class ServerConfig(Config):
     optimizer: ServerUpdate = FedAvg()
     """What becomes of the mean of a round: `fedavg` takes it; `fedadam`, `fedyogi`, `fedadagrad`
     step along it. (FedProx is the clients': `local.proximal`.)"""
-    max_change: Annotated[float, Field(gt=1.0)] = 10.0
-    """A reply that moved more than so many times the median reply is refused."""
+    max_change: Annotated[float, Field(gt=1.0)] | None = 10.0
+    """A reply that moved more than so many times the median reply is refused. Null: none is."""
     rollback_rise: NonNegativeFloat | None = 0.2
     """A rise of the validation loss above the best, relative to it, after which the server goes
     back to the best round's weights. Left out (null): only if the loss is not finite."""
@@ -391,6 +396,7 @@ class FederateConfig(Config):
     clients: ClientsConfig
     local: LocalTraining = LocalTraining()
     server: ServerConfig
+    privacy: PrivacyConfig = PrivacyConfig()
     clock: Clock = CalibratedClock()
     engine: Literal["in_process", "flower", "superlink"] = "in_process"
     """Who carries the messages, with the same result. `in_process`: this process plays server and
@@ -428,6 +434,19 @@ class FederateConfig(Config):
             )
         if self.engine == "superlink":
             self._check_deployed()
+        check_privacy(
+            self.privacy,
+            engine=self.engine,
+            method=self.method,
+            direction=self.sharing.direction,
+            rewards=self.configurator.rewards,
+            max_change=self.server.max_change,
+            clip_grad_norm=self.local.clip_grad_norm,
+            precision=self.local.precision,
+            proximal=self.local.proximal,
+            payload=self.payload,
+            per_round=self.clients.per_round,
+        )
         return self
 
     def _check_deployed(self) -> None:

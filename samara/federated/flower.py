@@ -31,14 +31,16 @@ from samara.config import validate
 from samara.errors import CheckpointError, ConfigError, ResourceError
 from samara.federated.aggregation import Tensor
 from samara.federated.config import FederateConfig
-from samara.federated.driver import Driver, lost
+from samara.federated.driver import Driver
 from samara.federated.job import Job
-from samara.federated.messages import Instruction, Reply
+from samara.federated.messages import Instruction, Reply, lost
+from samara.federated.secure_client import protect, secure_stage
 from samara.runs import RunFolder
 from samara.train.stop import StopSignal
 
 ARRAYS, CONTENT = "arrays", "content"
 IDENTITY = "identity"
+SECURE = "secure"
 SECONDS_TO_START = 300.0
 """Until all virtual nodes are there."""
 NO_SIDE_EFFECTS = {
@@ -130,6 +132,20 @@ class FlowerDriver(Driver):
                 self.store.note_client(reply.client, round=reply.round)
         return replies
 
+    def exchange(
+        self, stage: str, questions: Mapping[int, dict[str, Any]]
+    ) -> dict[int, dict[str, Any]]:
+        """See :class:`~samara.federated.driver.Driver`."""
+        contents = {
+            client: content_of({}, {"stage": stage, "payload": payload})
+            for client, payload in questions.items()
+        }
+        return {
+            client: json.loads(answer.content[CONTENT]["json"])
+            for client, answer in self.carry(contents, f"query.{SECURE}").items()
+            if not answer.has_error()
+        }
+
     def question(self, instruction: Instruction) -> Any:
         """The content of an instruction's message."""
         return content_of(
@@ -202,28 +218,43 @@ def make_client_app() -> Any:
     app = ClientApp()
     app.train()(train_message)
     app.query(IDENTITY)(identity_message)
+    app.query(SECURE)(secure_message)
     return app
 
 
 def train_message(message: Any, context: Any) -> Any:
     """Carry out an instruction, from message to message."""
-    from flwr.app import Message
+    from flwr.app import ConfigRecord, Message
 
-    del context
     content = json.loads(message.content[CONTENT]["json"])
     instruction = Instruction.from_dict(content["instruction"])
     job = _job(json.dumps(content["recipe"]), content["run"], content["threads"])
     job.store.identity = content["identity"]
     round = content["state_round"]
+    memory = json.loads(context.state[SECURE]["json"]) if SECURE in context.state else None
     try:
         state = job.store.load_client(instruction.client, round=round)
         tensors = from_record(message.content[ARRAYS])
         reply, state = job.trainer.train(instruction, tensors, state)
+        reply = protect(job.trainer, reply, tensors, memory)
     except CheckpointError as error:
         reply = lost(instruction, error)
     if reply.verdict == "ok":
         job.store.save_client(instruction.client, state, round=instruction.round)
+    if memory is not None:
+        context.state[SECURE] = ConfigRecord({"json": json.dumps(memory)})
     return Message(content=answer_of(reply), reply_to=message)
+
+
+def secure_message(message: Any, context: Any) -> Any:
+    """Carry out a stage of a secure sum; its secrets stay in the node's own state, for a round."""
+    from flwr.app import ConfigRecord, Message
+
+    content = json.loads(message.content[CONTENT]["json"])
+    memory = json.loads(context.state[SECURE]["json"]) if SECURE in context.state else None
+    answer, memory = secure_stage(content["stage"], content["payload"], memory)
+    context.state[SECURE] = ConfigRecord({"json": json.dumps(memory)})
+    return Message(content=content_of({}, answer), reply_to=message)
 
 
 def identity_message(message: Any, context: Any) -> Any:

@@ -14,16 +14,21 @@ from samara.adapt.models import TaskModel, load_task_model
 from samara.adapt.tasks import LabelLoss, causal_objective
 from samara.data.rows import Batch
 from samara.errors import ConfigError
+from samara.federated.accounting import require_round
 from samara.federated.calibration import calibrate, measure_flops
 from samara.federated.client import Trainer
 from samara.federated.config import FederateConfig, GivenClock
 from samara.federated.configurator import make_arms
 from samara.federated.devices import CostModel, assign_devices, by_trained_layers
+from samara.federated.driver import unprotected
 from samara.federated.inputs import with_files
 from samara.federated.payload import make_payload
+from samara.federated.protection import Protection
+from samara.federated.randomness import Secrets, require_packages
 from samara.federated.results import results
 from samara.federated.run_rows import RunRows, read_run_rows
-from samara.federated.server import Scores, Server
+from samara.federated.server import Server
+from samara.federated.server_state import Scores
 from samara.federated.store import Store
 from samara.federated.task_data import FederatedData
 from samara.progress import say
@@ -55,13 +60,27 @@ class Job:
     def __init__(self, config: FederateConfig, run: RunFolder) -> None:
         config = with_files(config, run)
         self.config, self.run = config, run
+        require_packages(config.privacy)
         read = read_run_rows(config)
-        self.trainer, loaded = make_trainer(config, read, run=run)
+        secrets = Secrets(run.path, config.privacy, seed=config.seed)
+        self.trainer, loaded = make_trainer(config, read, run=run, secrets=secrets)
         self.folder = loaded.folder
         self.parents = self._parents(read.rows, loaded)
         batch = self._first_batch()
         self.trainer.flops = measure_flops(self.trainer, batch, drops=self._drops)
         costs = self._costs(batch)
+        protection = None
+        here = self.trainer.data.parts  # of a deployment's server: none
+        if config.privacy.records is not None and here:
+            budgets = (self.trainer.record_budget(client) for client in here)
+            require_round(budgets, key="privacy.records")
+        if config.privacy.is_on:
+            protection = Protection(
+                config,
+                layout=self.trainer.layout,
+                num_clients=self.trainer.data.num_clients,
+                secrets=secrets,
+            )
         self.server = Server(
             config,
             layout=self.trainer.layout,
@@ -71,6 +90,7 @@ class Job:
             costs=costs,
             arm_layers=self._arm_layers(),
             tensors=self.trainer.tensors(),
+            protection=protection,
         )
         start = config.clients.personal_from
         self.store = Store(
@@ -92,9 +112,12 @@ class Job:
             "test": hash_file(Path(self.config.task.data).expanduser()),
         }
 
-    def _identity(self) -> dict[str, str]:
+    def _identity(self) -> dict[str, Any]:
         """What a checkpoint has to be of, to go on from it here."""
-        found = {"method": self.config.method, "payload": self.config.payload, **self.parents}
+        found: dict[str, Any] = {"method": self.config.method, "payload": self.config.payload}
+        found |= self.parents
+        if self.server.protection is not None:
+            found["privacy"] = self.server.protection.kinds()
         if self.config.payload == "sparse":
             found["support"] = Support.load(self.run.path / SUPPORT).support_id
         return found
@@ -226,15 +249,38 @@ class Job:
             seconds=state.measured_cpu_seconds,
             joules=totals["modelled_joules"],
         )
+        if self.config.privacy.client is not None:
+            spent = self._expected_compute()
         self.run.write_lineage(Lineage(parents=self.parents, spent=spent))
-        write_json(
-            self.run.path / RESULTS,
-            results(server, trainer, best=best, last=last, clients=clients, parents=self.parents),
+        found = results(
+            server, trainer, best=best, last=last, clients=clients, parents=self.parents
         )
+        if server.protection is not None:
+            write_json(unprotected(self.run).path / RESULTS, found)
+            costs = server.expected_costs()
+            found = server.protection.public_results(found, costs, state.round)
+        write_json(self.run.path / RESULTS, found)
+
+    def _expected_compute(self) -> Compute:
+        """What the rounds cost on average over who may be drawn, at full depth.
+
+        What they did cost would tell how many took part, which is not to be known.
+        """
+        trainer, local, rounds = self.trainer, self.config.local, self.server.state.round
+        tokens = local.steps * local.batch_size * self.config.data.sequence_length
+        tokens *= rounds * min(self.config.clients.per_round, trainer.data.num_clients)
+        flops = trainer.flops.fixed + trainer.num_layers * trainer.flops.per_layer
+        joules = rounds * self.server.expected_costs()["modelled_joules"]
+        return Compute(tokens=tokens, flops=tokens * flops, seconds=0.0, joules=joules)
 
 
 def make_trainer(
-    config: FederateConfig, read: RunRows, *, run: RunFolder, only_client: int | None = None
+    config: FederateConfig,
+    read: RunRows,
+    *,
+    run: RunFolder,
+    secrets: Secrets,
+    only_client: int | None = None,
 ) -> tuple[Trainer, TaskModel]:
     """Load the model, say what of it is trained, and give it the rows of this machine.
 
@@ -242,6 +288,7 @@ def make_trainer(
         config: The recipe.
         read: The rows.
         run: Where a choice of weights is kept.
+        secrets: The keys of the clients on this machine.
         only_client: All training rows are this client's; left out: they are dealt out.
 
     Raises:
@@ -267,4 +314,4 @@ def make_trainer(
     payload = make_payload(
         config, loaded, run=run, rows=lambda: data.validation, objective=objective
     )
-    return Trainer(config, payload, data=data, objective=objective), loaded
+    return Trainer(config, payload, data=data, objective=objective, secrets=secrets), loaded

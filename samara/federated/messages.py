@@ -73,6 +73,7 @@ class Reply:
         personal_hash: Of what it keeps; None: it keeps nothing.
         tokens, flops: Of its training.
         cpu_seconds: Of its training, measured on this machine.
+        epsilon: Spent of the client's own privacy budget; None: it has none, or keeps it to itself.
     """
 
     round: int
@@ -91,6 +92,7 @@ class Reply:
     tokens: int = 0
     flops: float = 0.0
     cpu_seconds: float = 0.0
+    epsilon: float | None = None
 
     @property
     def gain(self) -> float:
@@ -119,6 +121,11 @@ class Reply:
             "active_layers": tuple(plain["active_layers"]),
         }
         return cls(**{**plain, **read}, tensors=tensors, cpu_seconds=cpu_seconds)
+
+
+def lost(asked: Instruction | Reply, error: Exception | str) -> Reply:
+    """The reply in place of one that a client could not give."""
+    return Reply(round=asked.round, client=asked.client, verdict="error", message=str(error))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,12 +30,21 @@ from samara.config import validate
 from samara.errors import CheckpointError, ConfigError, SamaraError
 from samara.federated.client import PassFlops, Trainer
 from samara.federated.config import FederateConfig
-from samara.federated.driver import lost
-from samara.federated.flower import ARRAYS, CONTENT, answer_of, content_of, from_record
+from samara.federated.flower import (
+    ARRAYS,
+    CONTENT,
+    SECURE,
+    answer_of,
+    content_of,
+    from_record,
+    secure_message,
+)
 from samara.federated.job import make_trainer
-from samara.federated.messages import ClientState, Instruction
+from samara.federated.messages import ClientState, Instruction, lost
+from samara.federated.randomness import Secrets, require_packages
 from samara.federated.results import score_client
 from samara.federated.run_rows import read_own_rows
+from samara.federated.secure_client import protect
 from samara.federated.store import Store
 from samara.runs import RunFolder, hash_weights
 
@@ -97,11 +106,16 @@ class Node:
         if settings.device is not None:
             recipe["local"] = {**recipe["local"], "device": settings.device}
         config = validate(FederateConfig, recipe)
+        if not FEDERATION_NAME.fullmatch(str(message["federation"])):
+            raise ConfigError(f"{message['federation']!r} is no name of a federation")
+        require_packages(config.privacy)
+        state = Path(settings.state).expanduser() / message["federation"]
         self.trainer: Trainer
         self.trainer, loaded = make_trainer(
             config,
             read_own_rows(config),
-            run=RunFolder(Path(settings.state).expanduser()),
+            run=RunFolder(state),
+            secrets=Secrets(state, config.privacy, seed=config.seed),
             only_client=settings.client,
         )
         self.trainer.flops = PassFlops(**message["flops"])
@@ -111,11 +125,9 @@ class Node:
                 f"--node-config: model={settings.model} is not the server's base model; its hash "
                 f"is {base[:12]}, the server's {str(message['init_from'])[:12]}"
             )
-        if not FEDERATION_NAME.fullmatch(str(message["federation"])):
-            raise ConfigError(f"{message['federation']!r} is no name of a federation")
         personal = settings.personal
         self.store = Store(
-            Path(settings.state).expanduser() / message["federation"],
+            state,
             identity={"method": message["method"], "init_from": base},
             start=None if personal is None else Path(personal).expanduser(),
         )
@@ -144,24 +156,29 @@ def make_client_app() -> Any:
     app = ClientApp()
     app.train()(train_message)
     app.evaluate()(evaluate_message)
+    app.query(SECURE)(secure_message)
     return app
 
 
 def train_message(message: Any, context: Any) -> Any:
     """Carry out an instruction; what goes wrong is a reply, too."""
-    from flwr.app import Message
+    from flwr.app import ConfigRecord, Message
 
     content = json.loads(message.content[CONTENT]["json"])
     instruction = Instruction.from_dict(content["instruction"])
+    memory = json.loads(context.state[SECURE]["json"]) if SECURE in context.state else None
     try:
         node = _node_for(context, content)
         before = content["state_round"]
         tensors = from_record(message.content[ARRAYS])
         reply, state = node.trainer.train(instruction, tensors, node.kept(before))
+        reply = protect(node.trainer, reply, tensors, memory)
         if reply.verdict == "ok":
             node.keep(state, round=instruction.round, before=before)
     except Exception as error:
         reply = lost(instruction, what_the_server_is_told(error))
+    if memory is not None:  # it notes that the masks are used
+        context.state[SECURE] = ConfigRecord({"json": json.dumps(memory)})
     return Message(content=answer_of(reply), reply_to=message)
 
 
@@ -173,6 +190,8 @@ def evaluate_message(message: Any, context: Any) -> Any:
     answer: dict[str, Any]
     try:
         node = _node_for(context, content)
+        if node.trainer.config.privacy.is_on:
+            raise ConfigError("privacy: this node tells nobody how it scores")
         tensors = from_record(message.content[ARRAYS])
         kept = node.kept(content["state_round"])
         answer = {"scores": score_client(node.trainer, node.client, kept, tensors)}

@@ -147,7 +147,7 @@ def combine_ranks(
     layout: Layout,
     *,
     missing: str,
-    max_change: float,
+    max_change: float | None,
     typical_change: float | None,
     others: Sequence[float] = (),
 ) -> Aggregate:

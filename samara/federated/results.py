@@ -10,7 +10,8 @@ import numpy as np
 from samara.federated.aggregation import Tensor
 from samara.federated.client import Trainer
 from samara.federated.messages import ClientState
-from samara.federated.server import Scores, Server
+from samara.federated.server import Server
+from samara.federated.server_state import Scores
 from samara.federated.store import Store
 
 WORST = 0.1
@@ -52,7 +53,12 @@ def score_client(
 
 
 def spread(clients: Sequence[Mapping[str, Any]], which: str) -> dict[str, float]:
-    """Mean over the clients, and mean over the worst tenth of them: of accuracy, or of loss."""
+    """Mean over the clients, and mean over the worst tenth of them: of accuracy, or of loss.
+
+    Empty of none: nodes of a deployment that promises privacy do not say how they score.
+    """
+    if not clients:
+        return {}
     name = "loss" if clients[0][which]["accuracy"] is None else "accuracy"
     values = sorted(entry[which][name] for entry in clients)
     if name == "loss":
@@ -107,8 +113,10 @@ def results(
         "measured": {
             "cpu_seconds": state.measured_cpu_seconds,
             "strategy_cpu_seconds": state.strategy_cpu_seconds,
-            "strategy_share_of_cpu_seconds": state.strategy_cpu_seconds
-            / max(state.measured_cpu_seconds, 1e-9),
+            # Of clients that do not say what they spend there is no share.
+            "strategy_share_of_cpu_seconds": state.strategy_cpu_seconds / state.measured_cpu_seconds
+            if state.measured_cpu_seconds
+            else None,
             "bytes_down": state.totals["bytes_down"],
             "bytes_up": state.totals["bytes_up"],
             "setup_bytes_per_client": trainer.payload.setup_bytes,
@@ -116,5 +124,6 @@ def results(
             "flops": state.totals["flops"],
         },
         "best_arms": server.configurator.best_arms(state.round) if server.configurator else {},
+        "privacy": server.protection.summary(state.round) if server.protection else {},
         "parents": dict(parents),
     }

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from samara.errors import ConfigError, ResourceError
+from samara.federated.aggregation import Tensor
 from samara.federated.driver import Driver
 from samara.federated.flower import CONTENT, FlowerDriver, content_of, reason_of
 from samara.federated.messages import Instruction
@@ -112,7 +113,8 @@ class SuperLinkDriver(FlowerDriver):
 
     def question(self, instruction: Instruction) -> Any:
         """The content of an instruction's message."""
-        return self._content(instruction.client, instruction=instruction.to_dict())
+        given = self.server.given(instruction)
+        return self._content(instruction.client, given, instruction=instruction.to_dict())
 
     def carry(self, contents: Mapping[int, Any], kind: str) -> dict[int, Any]:
         """Send each client its message, again if its node was lost, and wait for the answers.
@@ -165,8 +167,11 @@ class SuperLinkDriver(FlowerDriver):
 
     def score_clients(self) -> list[dict[str, Any]]:
         """See :class:`~samara.federated.driver.Driver`; each client scores its own rows."""
+        if self.server.config.privacy.is_on:
+            return []  # scores on their rows would leave the clients
         clients = range(self.trainer.data.num_clients)
-        contents = {client: self._content(client) for client in clients}
+        values = self.server.state.tensors
+        contents = {client: self._content(client, values) for client in clients}
         scores: list[dict[str, Any]] = []
         for client, answer in self.carry(contents, "evaluate").items():
             plain: dict[str, Any] = {"error": reason_of(answer)} if answer.has_error() else {}
@@ -181,10 +186,9 @@ class SuperLinkDriver(FlowerDriver):
             )
         return scores
 
-    def _content(self, client: int, **more: Any) -> Any:
-        state = self.server.state
+    def _content(self, client: int, tensors: Mapping[str, Tensor], **more: Any) -> Any:
         return content_of(
-            state.tensors,
+            tensors,
             {
                 "client": client,
                 "state_round": self.store.newest_round(client),

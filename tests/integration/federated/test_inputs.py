@@ -82,7 +82,7 @@ def test_the_largest_packages_are_clients_and_the_others_one_more(
             clients__partition={"kind": "key", "field": "package", **partition},
         )
         own = Job(config, folder_of(tmp_path / partition.get("small", "plain"))).trainer.data.parts
-        return [len(p.train) + len(p.validation) + len(p.test) for p in own]
+        return [len(p.train) + len(p.validation) + len(p.test) for p in own.values()]
 
     number = len((corpus / "documents/train.jsonl").read_text().splitlines())
     assert sum(parts(small="merge")) == number
@@ -147,7 +147,7 @@ def test_a_dataset_is_read_once_and_its_labels_by_name(
     }
     config = settings(bases["samara"], rows, **changes)
     job = Job(config, folder_of(tmp_path / "run"))
-    assert sum(len(p.train) for p in job.trainer.data.parts) > 60
+    assert sum(len(p.train) for p in job.trainer.data.parts.values()) > 60
     written = (tmp_path / "run/inputs/train.jsonl").read_text().splitlines()
     assert [json.loads(line)["label"] for line in written] == [r["label"] for r in texts[:100]]
     assert json.loads(written[0])["day"] == "2026-01-01"
