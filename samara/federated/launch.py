@@ -170,11 +170,13 @@ class LocalDeployment:
         Raises:
             ResourceError: If it has failed, with what its log says.
         """
-        run, listed = RunFolder(self.folder / "run"), time.monotonic()
+        run, listed, shown = RunFolder(self.folder / "run"), time.monotonic(), 0
         while run.status().get("state") != "finished":
             self._check_alive("superlink")
-            if line is not None and (done := run.metrics()):
+            done = run.metrics()
+            if line is not None and len(done) > shown:
                 line.update(done[-1]["step"], loss=f"{done[-1]['validation_loss']:.3f}")
+                shown = len(done)
             if time.monotonic() - listed > SECONDS_BETWEEN_LISTS:
                 listed = time.monotonic()
                 status = self.status(run_id)
