@@ -230,7 +230,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     if options.json is not None and options.json.exists():
         record.rows.extend(read_json(options.json)["rows"])
-    if work_off(setting, options, record):
+    if work_off(setting, options, record) and set(options.only) == set(KINDS):
         record.finish()
 
 

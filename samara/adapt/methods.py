@@ -295,6 +295,7 @@ class SparseAdaptation:
             num_entries=self.num_trained,
             weight_bytes=weights[0].element_size(),
             largest_matrix=max(weight.numel() for weight in weights),
+            device="cuda" if weights[0].is_cuda else "cpu",
         )
         return {
             "score": self._wanted.score,
@@ -304,6 +305,7 @@ class SparseAdaptation:
                 "weights": formula.weights,
                 "state": formula.state,
                 "workspace": formula.workspace,
+                "libraries": formula.libraries,
             },
         }
 

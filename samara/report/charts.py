@@ -335,6 +335,57 @@ def dot_row(values: Sequence[tuple[int, float]], axis: Axis, *, at: float) -> Ht
     )
 
 
+def strip(shares: Sequence[float | None], *, color: int) -> Html:
+    """Cells side by side, each as full as its share says; None leaves its place empty."""
+    width = 1 / max(1, len(shares))
+    gap = 0.12 if len(shares) <= 60 else 0.0
+    cells = [
+        element(
+            "rect",
+            x=_percent(number * width),
+            width=_percent((1 - gap) * width),
+            height="100%",
+            fill_opacity=round(0.1 + 0.9 * share, 3),
+        )
+        for number, share in enumerate(shares)
+        if share is not None
+    ]
+    return element(
+        "svg",
+        *cells,
+        class_=f"series strip s{color}",
+        width="100%",
+        height=14,
+        aria_hidden="true",
+    )
+
+
+def client_row(
+    values: Sequence[float], axis: Axis, *, mean: float, worst: float, color: int
+) -> Html:
+    """A dot per client, with the mean of all and that of the worst of them."""
+    dots = [
+        element("circle", cx=_percent(axis.share(value)), cy="50%", r=4, fill_opacity=0.4)
+        for value in values
+    ]
+    lines = [
+        element("line", class_="interval", x1=x, x2=x, y1=start, y2=end)
+        for x, start, end in (
+            (_percent(axis.share(mean)), "0", "100%"),
+            (_percent(axis.share(worst)), "25%", "75%"),
+        )
+    ]
+    return element(
+        "svg",
+        *dots,
+        *lines,
+        class_=f"marks series s{color}",
+        width="100%",
+        height=34,
+        aria_hidden="true",
+    )
+
+
 def ruler(axis: Axis, text: Callable[[float], str], *, about: int = 5) -> Html:
     """The scale under rows of marks."""
     ticks = [

@@ -21,6 +21,9 @@ class ReportConfig(Config):
     """
     audits: dict[str, str] = Field(default_factory=dict)
     """Name -> audit run folder or `stage:NAME`."""
+    federated: dict[str, str] = Field(default_factory=dict)
+    """Name -> federated run folder or `stage:NAME`; runs of one task are compared with the first.
+    """
     release: str | None = None
     """A release's run folder or `stage:NAME`: versions, gates, rollbacks."""
     corpus: str | None = None

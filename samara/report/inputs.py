@@ -23,6 +23,7 @@ from samara.report.adaptation_inputs import (
     read_tuned,
 )
 from samara.report.config import ReportConfig
+from samara.report.federation_inputs import Federation, read_federations
 from samara.report.run_files import (
     Bounds,
     Point,
@@ -226,6 +227,7 @@ class Inputs:
     tuned: tuple[Tuned, ...]
     """The fine-tuning runs."""
     audited: tuple[AuditedModel, ...]
+    federations: tuple[Federation, ...]
     release: Release | None
     release_note: str
 
@@ -270,6 +272,7 @@ def read_inputs(config: ReportConfig, run: RunFolder) -> Inputs:
         corpus_note=corpus_note,
         tuned=read_tuned(config.finetuning),
         audited=read_audited(config.audits),
+        federations=read_federations(config.federated),
         release=release,
         release_note=release_note,
     )

@@ -22,6 +22,7 @@ from samara.report.sections.corpus import corpus
 from samara.report.sections.curves import curves
 from samara.report.sections.demo_scale import demo_scale
 from samara.report.sections.difference import difference
+from samara.report.sections.federated import federated
 from samara.report.sections.growth import growth
 from samara.report.sections.headline import headline
 from samara.report.sections.registry import registry
@@ -37,6 +38,7 @@ SECTIONS: tuple[Callable[[Inputs], Section | None], ...] = (
     growth,
     adaptation,
     audits,
+    federated,
     registry,
     shape,
     samples,

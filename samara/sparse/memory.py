@@ -1,6 +1,6 @@
 """What sparse training takes, as a formula; the measured peak stands beside it in the results.
 
-    bytes = weights + state + activations + workspace
+    bytes = weights + state + activations + workspace + libraries
 
 weights: as stored, 2 bytes each in bfloat16. state, per selected entry: position 4, value 4,
 moments 8, gradient 4, and the base model's number as stored (2): 22 in bfloat16, 24 in float32.
@@ -8,7 +8,8 @@ Blocks, and supports that are sliced but not whole in the slice (two-level), kee
 (26).
 activations: those of the layers from the lowest selected one up; a tap keeps its layer's input, or
 only the columns that hold entries. workspace: one tile of a dense gradient, or the logits that the
-chunked cross-entropy has in hand, whichever is larger: the two are never there at once.
+chunked cross-entropy has in hand, whichever is larger: the two are never there at once. libraries:
+on CUDA what cuBLAS keeps for the threads of forward and backward.
 
 For comparison: full fine-tuning with AdamW in mixed precision takes 16 bytes a weight, LoRA 2 a
 weight and 16 a parameter of its own.
@@ -19,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from samara.measure.memory import CUBLAS_HANDLES, CUBLAS_WORKSPACE
 from samara.model.cross_entropy import CHUNK_ELEMENTS
 from samara.sparse.attach import Attachment
 from samara.sparse.gradients import WORKSPACE_BYTES, Plan
@@ -36,17 +38,19 @@ class SparseMemory:
         state: Of the selected entries: positions, values, moments, gradients, base numbers.
         activations: What forward leaves for backward.
         workspace: The largest tile, or the logits of a chunk.
+        libraries: What the library of products keeps beside tensors.
     """
 
     weights: int
     state: int
     activations: int
     workspace: int
+    libraries: int
 
     @property
     def total(self) -> int:
         """The sum, the estimate of the peak."""
-        return self.weights + self.state + self.activations + self.workspace
+        return self.weights + self.state + self.activations + self.workspace + self.libraries
 
 
 def sparse_memory(
@@ -58,6 +62,7 @@ def sparse_memory(
     activations: int = 0,
     largest_matrix: int | None = None,
     logits: int = 0,
+    device: Literal["cpu", "cuda"] = "cpu",
 ) -> SparseMemory:
     """The formula.
 
@@ -69,6 +74,7 @@ def sparse_memory(
         activations: Bytes that forward leaves for backward, for the batch at hand.
         largest_matrix: Entries of the largest matrix; smaller ones need no whole workspace.
         logits: Bytes of a language model's logits in hand, from :func:`logits_bytes`.
+        device: Where products are made; on CUDA that takes memory of its own.
     """
     dense = WORKSPACE_BYTES if largest_matrix is None else weight_bytes * largest_matrix
     entry = 2 * POSITION + EXACT * (1 + MOMENTS) + weight_bytes
@@ -77,6 +83,7 @@ def sparse_memory(
         state=entry * num_entries + POSITION * sliced_entries,
         activations=activations,
         workspace=max(min(WORKSPACE_BYTES, dense), logits),
+        libraries=CUBLAS_HANDLES * CUBLAS_WORKSPACE if device == "cuda" else 0,
     )
 
 

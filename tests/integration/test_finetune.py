@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -20,6 +20,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     RobertaConfig,
     RobertaForMaskedLM,
 )
@@ -69,6 +71,23 @@ def save_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def save_byte_level_tokenizer(folder: Path) -> None:
+    """As Qwen2's own: transformers makes that class whatever the folder says."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 8, trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    ).save_pretrained(folder)
+
+
 def build(kind: str, folder: Path) -> Path:
     torch.manual_seed(0)
     match kind:
@@ -76,6 +95,13 @@ def build(kind: str, folder: Path) -> Path:
             model: Any = LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=1))
         case "llama_bf16":
             model = LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=1)).bfloat16()
+        case "qwen2":
+            model = Qwen2ForCausalLM(
+                Qwen2Config(**SIZES | {"vocab_size": 400}, num_key_value_heads=1)
+            )
+            model.save_pretrained(folder)
+            save_byte_level_tokenizer(folder)
+            return folder
         case "gpt2":
             model = GPT2LMHeadModel(
                 GPT2Config(vocab_size=32, n_positions=48, n_embd=16, n_layer=2, n_head=2)
@@ -113,7 +139,7 @@ def build(kind: str, folder: Path) -> Path:
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("bases")
     encoders = ("bert", "roberta", "deberta")
-    kinds = ("llama", "llama_bf16", "gpt2", *encoders, "samara", "samara_cola")
+    kinds = ("llama", "llama_bf16", "qwen2", "gpt2", *encoders, "samara", "samara_cola")
     return {kind: build(kind, root / kind) for kind in kinds}
 
 
@@ -203,6 +229,7 @@ CASES = [
     *(("bert", "labels", method) for method in ("sparse", "full", "lora")),
     *(("llama", task, "sparse") for task in ("classification", "summarization", "perplexity")),
     *((base, "question", "sparse") for base in ("gpt2", "samara", "samara_cola", "llama_bf16")),
+    *(("qwen2", "question", method) for method in ("sparse", "lora")),
     *((base, "labels", "sparse") for base in ("samara", "roberta", "deberta")),
     ("deberta", "labels", "lora"),
     ("gpt2", "question", "lora"),

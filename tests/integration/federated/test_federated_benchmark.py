@@ -48,7 +48,8 @@ def test_the_queue_is_worked_off_goes_on_and_is_shown(bases, data, benchmark, ca
     federated = benchmark("federated")
     options = arguments(bases["samara"], data)
     federated.main([*options, "--only", "clock"])
-    assert len(json.loads((data / "federated.json").read_text())["rows"]) == 2
+    clocks = json.loads((data / "federated.json").read_text())
+    assert (len(clocks["rows"]), clocks["complete"]) == (2, False)
     federated.main(options)
     written = json.loads((data / "federated.json").read_text())
     assert written["complete"] is True, capsys.readouterr().out

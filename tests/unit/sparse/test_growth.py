@@ -230,6 +230,7 @@ def test_the_peak_on_cuda_is_the_formula(models):
             num_entries=support.num_entries,
             largest_matrix=4096 * 1024,
             activations=kept_input_bytes(attachment, tokens=7, element_size=2),
+            device="cuda",
         )
         assert torch.cuda.max_memory_allocated() <= 1.05 * formula.total
 
