@@ -18,6 +18,7 @@ from samara.federated.driver import InProcessDriver
 from samara.federated.federate import federate
 from samara.federated.job import Job
 from samara.federated.server_state import Scores
+from samara.report.federation_inputs import read_federations
 from samara.runs import RunFolder
 
 CLIENT = {"epsilon": 50.0, "delta": 0.01, "clip": 0.5, "noise_multiplier": 1.0}
@@ -111,6 +112,9 @@ def test_nothing_that_is_released_tells_of_a_single_client(private, tmp_path, fi
     assert any(record["clients"] for record in full[1:])
     apart = json.loads((tmp_path / "run/unprotected/results.json").read_text())
     assert len(apart["clients"]["each"]) == 6
+    (shown,) = read_federations({"private": str(tmp_path / "run")})
+    assert (shown.results.clients.each, shown.results.measured) == ((), None)
+    assert (shown.metric, len(shown.rounds), shown.asked) == ("accuracy", 3, ())
 
 
 def test_a_reply_says_nothing_beside_its_values(private, tmp_path, folder_of):
