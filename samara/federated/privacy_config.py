@@ -132,14 +132,8 @@ def check_privacy(
     Raises:
         ConfigError: If something does not fit.
     """
-    if privacy.is_on and method not in METHODS:
-        raise ConfigError(
-            f"method: {method} is not built with privacy; use one of {', '.join(METHODS)}"
-        )
-    if privacy.is_on and engine not in ENGINES:
-        raise ConfigError(
-            f"engine: {engine} is not built with privacy; use one of {', '.join(ENGINES)}"
-        )
+    if privacy.is_on:
+        _check_built(method, engine)
     if privacy.is_on and method == "droppeft" and rewards == "clients":
         raise ConfigError(
             "configurator.rewards: clients would tell the server their losses, which `privacy` "
@@ -163,6 +157,17 @@ def check_privacy(
         )
     if privacy.records is not None:
         _check_records(method, clip_grad_norm, precision, proximal, payload)
+
+
+def _check_built(method: str, engine: str) -> None:
+    if method not in METHODS:
+        raise ConfigError(
+            f"method: {method} is not built with privacy; use one of {', '.join(METHODS)}"
+        )
+    if engine not in ENGINES:
+        raise ConfigError(
+            f"engine: {engine} is not built with privacy; use one of {', '.join(ENGINES)}"
+        )
 
 
 def _check_records(

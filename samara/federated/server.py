@@ -223,15 +223,7 @@ class Server:
         result = self._aggregate(plan, came, secure)
         for client, reason in result.refused.items():
             came.verdicts[client], came.reasons[client] = "refused", reason
-        state.typical_change = result.typical_change
-        state.tensors, state.moments = update(
-            self.config.server.optimizer,
-            state.moments,
-            previous=state.tensors,
-            averaged=result.tensors,
-            sent=[group for group, own in result.senders.items() if own],
-            layout=self.layout,
-        )
+        self._step(result)
         self._note(came.used, result)
         seconds = self._count(came)
         state.tensors, noted = self.parts.settle(
@@ -277,6 +269,19 @@ class Server:
             ],
             plan.asked,
             typical_change=state.typical_change,
+        )
+
+    def _step(self, result: Aggregate) -> None:
+        """What the server's optimizer makes of a mean, or of a noisy sum: it costs no privacy."""
+        state = self.state
+        state.typical_change = result.typical_change
+        state.tensors, state.moments = update(
+            self.config.server.optimizer,
+            state.moments,
+            previous=state.tensors,
+            averaged=result.tensors,
+            sent=[group for group, own in result.senders.items() if own],
+            layout=self.layout,
         )
 
     def _note(self, used: Sequence[Reply], result: Aggregate) -> None:
