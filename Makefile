@@ -25,7 +25,7 @@ demo: venv
 	@echo "The report: runs/quickstart/report.html"
 
 test: venv-dev
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --ignore $(SERVERS) $(ARGS)
 
 # The runtimes that read what we export; llama-cpp-python builds from source for some minutes.
 LLAMA_CPP := -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
@@ -35,12 +35,20 @@ test-export: venv-dev
 	CMAKE_ARGS="$(LLAMA_CPP)" $(PIP_INSTALL) -e '.[export]'
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/export $(ARGS)
 
+METHODS_ON_FLOWER := tests/integration/federated/test_flower_methods.py
+# Starts servers as a user would, and waits for them: minutes, where flwr is installed.
+SERVERS := tests/integration/federated/test_superlink.py
+
 # What runs on Flower and Ray: half a gigabyte that the rest does not need.
 test-flower: venv-dev
 	$(PIP_INSTALL) -e '.[federated,parallel]'
 	@# A process each: Ray's end, once in a while, takes the process along that started it twice.
-	for part in tests/integration/federated/test_flower.py tests/unit/growth/test_executor.py \
-		tests/integration/test_grow.py::test_ray_gives_the_same_run; do \
+	for part in tests/integration/federated/test_flower.py $(SERVERS) \
+		tests/integration/federated/test_nodes.py \
+		tests/integration/federated/test_flower_privacy.py tests/unit/growth/test_executor.py \
+		tests/integration/test_grow.py::test_ray_gives_the_same_run \
+		tests/unit/federated/test_server_optimizers.py \
+		$(addprefix $(METHODS_ON_FLOWER)::test_,hetlora fedadapter sparse full); do \
 		$(TEST_ENV) FLWR_TELEMETRY_ENABLED=0 RAY_USAGE_STATS_ENABLED=0 \
 			$(BIN)/python -m pytest $$part $(ARGS) || exit 1; \
 	done
@@ -72,7 +80,7 @@ venv-dev: .venv/installed-dev
 	@touch $@
 
 .venv/installed-dev: .venv/installed
-	$(PIP_INSTALL) -e '.[data,tracking,evaluate,adapt,registry,sign,dev]'
+	$(PIP_INSTALL) -e '.[data,tracking,evaluate,adapt,registry,sign,privacy,dev]'
 	@touch $@
 
 clean:

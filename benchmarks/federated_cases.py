@@ -451,7 +451,7 @@ def _run(setting: Setting, case: Case, clock: Mapping[str, Any] | None) -> dict[
     driver.resume()
     driver.run()
     peak = torch.cuda.max_memory_allocated() if setting.device == "cuda" else None
-    job.finish()
+    job.finish(driver.score_clients())
     timed = max(1, driver.rounds)
     return {
         **figures(run),

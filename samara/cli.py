@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 import typer.core
 
-from samara import analyze_command, audit_command, delta_commands, model_commands, registry_commands
+from samara import (
+    analyze_command,
+    audit_command,
+    delta_commands,
+    deployment_commands,
+    model_commands,
+    personal_commands,
+    registry_commands,
+)
 from samara.errors import ConfigError, SamaraError, Stopped
 
 if TYPE_CHECKING:
@@ -37,6 +45,8 @@ app = typer.Typer(
 
 app.add_typer(delta_commands.app, name="delta")
 app.add_typer(registry_commands.app, name="registry")
+app.add_typer(personal_commands.app, name="personal")
+app.add_typer(deployment_commands.app, name="deployment")
 
 RecipeArgument = Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)]
 Overrides = Annotated[
@@ -131,12 +141,38 @@ def finetune(
 
 @app.command()
 def federate(
-    recipe: RecipeArgument, overrides: Overrides = None, out: Out = None, dry_run: DryRun = False
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Out = None,
+    dry_run: DryRun = False,
+    deploy: Annotated[
+        Path | None,
+        typer.Option(help="Write a Flower app for devices of their own into this folder."),
+    ] = None,
+    start: Annotated[
+        bool, typer.Option("--start", help="With --deploy: run all of it on this machine.")
+    ] = False,
+    host: Annotated[
+        str | None,
+        typer.Option(help="With --deploy: the server, as nodes reach it. None: 127.0.0.1."),
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="With --deploy: its port. None: 8000.", min=1, max=65535)
+    ] = None,
 ) -> None:
     """Fine-tune over many clients whose data stays where it is; resumes by itself.
 
     Example: samara federate recipes/federate.yaml method=fedlora --out runs/fedlora
     """
+    if deploy is not None:
+        if out is not None or dry_run:
+            option = "--dry-run" if dry_run else "--out"
+            raise ConfigError(f"{option}: goes without --deploy; the run is in {deploy}/run")
+        _deploy(recipe, overrides, deploy, host=host, port=port, start=start)
+        return
+    if start or host is not None or port is not None:
+        option = "--start" if start else "--host" if host is not None else "--port"
+        raise ConfigError(f"{option}: goes with --deploy FOLDER, which writes what it is for")
     _work(recipe, overrides, out, verb="federate", dry_run=dry_run)
 
 
@@ -382,6 +418,23 @@ def _work(
             typer.echo(f"{item.action:<6} {item.folder}  {item.stage.verb}  ({item.reason})")
         return
     run_recipe(recipe, folder, say=_say, only=stage)
+
+
+def _deploy(
+    path: Path,
+    overrides: list[str] | None,
+    folder: Path,
+    *,
+    host: str | None,
+    port: int | None,
+    start: bool,
+) -> None:
+    from samara.recipe import load_recipe
+
+    recipe = load_recipe(path, overrides or ())
+    if recipe.is_lifecycle or recipe.stages[0].verb != "federate":
+        raise ConfigError(f"{path}: --deploy needs a recipe of `federate` alone")
+    deployment_commands.deploy(recipe, folder, host=host, port=port, start=start)
 
 
 def _say(line: str) -> None:

@@ -261,7 +261,7 @@ class LabelRows(Rows):
         key = f"{config.name}.text"
         texts = [fill(config.text, row, key=key) for row in rows]
         self.rows = tuple(rows)
-        self.targets = [_position(row, config, labels) for row in rows]
+        self.targets = [label_position(row, config, labels) for row in rows]
         full = tokenizer(texts, verbose=False)["input_ids"]
         cut = tokenizer(texts, truncation=True, max_length=sequence_length)["input_ids"]
         self.is_cut = [len(a) > len(b) for a, b in zip(full, cut, strict=True)]
@@ -342,7 +342,12 @@ def _label(row: Row, config: LabelsConfig) -> str:
     return as_text(value)
 
 
-def _position(row: Row, config: LabelsConfig, labels: Sequence[str]) -> int:
+def label_position(row: Row, config: LabelsConfig, labels: Sequence[str]) -> int:
+    """Which of the labels a row has.
+
+    Raises:
+        DataError: If it has none, or another one.
+    """
     label = _label(row, config)
     if label not in labels:
         raise DataError(

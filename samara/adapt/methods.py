@@ -41,7 +41,7 @@ from samara.sparse.support import Support, TensorSupport
 from samara.sparse.tensor_bits import CODES
 from samara.sparse.tensor_files import CheckpointFiles
 from samara.sparse.units import BLOCK_SIDES
-from samara.sparse.update import SparseAdamW
+from samara.sparse.update import Selected, SparseAdamW
 from samara.train.optim import Optimizer, Updater
 
 SUPPORT, SELECTION, DELTA, HEAD = (
@@ -180,7 +180,7 @@ class SparseAdaptation:
         *,
         run: RunFolder,
         calibration: Calibration,
-        trial: TrialRun,
+        trial: TrialRun | None = None,
         seed: int,
     ) -> None:
         """Choose the weights, or read what an interrupted run chose, and attach.
@@ -190,7 +190,7 @@ class SparseAdaptation:
             method: The settings.
             run: Where the choice is kept.
             calibration: Samples that the scores see.
-            trial: How ``auto`` tries masks.
+            trial: How ``auto`` tries masks; without it, it is not to be asked for.
             seed: Of what is drawn.
         """
         self.model, self._loaded, self._method = loaded.model, loaded, method
@@ -227,9 +227,10 @@ class SparseAdaptation:
                     "save the model again as transformers holds it, then go on from that"
                 )
 
-    def _choose(self, run: RunFolder, trial: TrialRun) -> None:
+    def _choose(self, run: RunFolder, trial: TrialRun | None) -> None:
         wanted, table = self._wanted, None
         if self._method.auto is not None:
+            assert trial is not None
             choice = choose_score(
                 self.model,
                 self._method.auto,
@@ -248,6 +249,11 @@ class SparseAdaptation:
             {"schema": 1, "selection": found.record, "auto": table, "seconds": seconds},
         )
         found.support.save(run.path / SUPPORT)  # last: where it is, the choice is complete
+
+    @property
+    def selected(self) -> Mapping[str, Selected]:
+        """The trained entries by tensor name."""
+        return self._attachment.selected
 
     @property
     def updater(self) -> Updater:

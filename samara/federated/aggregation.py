@@ -15,7 +15,7 @@ the products is another matrix.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -77,13 +77,19 @@ class Aggregate:
     typical_change: float | None = None
 
 
+Average = Callable[[Mapping[str, Tensor], Sequence[Contribution], Layout], dict[str, Tensor]]
+"""From the old values and the sound replies, by client, to the new values."""
+
+
 def aggregate(
     previous: Mapping[str, Tensor],
     contributions: Sequence[Contribution],
     layout: Layout,
     *,
-    max_change: float,
+    max_change: float | None,
     typical_change: float | None = None,
+    average: Average | None = None,
+    others: Sequence[float] = (),
 ) -> Aggregate:
     """Check the replies of a round and average what is sound.
 
@@ -91,34 +97,42 @@ def aggregate(
         previous: The server's tensors, all of them.
         contributions: One a client, in any order.
         layout: What there is to send.
-        max_change: A reply that moved more than so many times the median reply is refused.
+        max_change: A reply that moved more than so many times the median reply is refused; None:
+            none is for that.
         typical_change: Of an earlier round; judges a reply that is alone in its round.
+        average: Makes the values of the sound replies. Left out: :func:`average_tensors`.
+        others: Changes of replies of this round that are averaged elsewhere; the median is theirs
+            too.
     """
     ordered = sorted(contributions, key=lambda item: item.client)
     assert len({item.client for item in ordered}) == len(ordered), "one reply a client"
     refused: dict[int, str] = {}
     sound: list[Contribution] = []
     for item in ordered:
-        problem = _malformed(item, layout)
+        problem = malformed(item, layout)
         if problem is None:
             sound.append(item)
         else:
             refused[item.client] = problem
     changes = {item.client: _change(item, previous) for item in sound}
-    usual = _lower_median([value for value in changes.values() if value > 0])
-    if len(sound) == 1 and typical_change is not None:
+    usual = _lower_median([value for value in (*changes.values(), *others) if value > 0])
+    if len(sound) == 1 and not others and typical_change is not None:
         usual = typical_change
     accepted = []
     for item in sound:
         change = changes[item.client]
-        if usual is not None and change > max_change * usual:
+        if usual is not None and max_change is not None and change > max_change * usual:
             refused[item.client] = (
                 f"moved {change:.3g} per element, more than {max_change:g} times the median "
                 f"{usual:.3g}"
             )
         else:
             accepted.append(item)
-    tensors, senders = _average(previous, accepted, layout)
+    tensors = (average or average_tensors)(previous, accepted, layout)
+    senders = {
+        group: tuple(item.client for item in accepted if name in item.tensors)
+        for name, group in layout.groups.items()
+    }
     left = _lower_median([changes[item.client] for item in accepted if changes[item.client] > 0])
     return Aggregate(
         tensors=tensors,
@@ -128,18 +142,24 @@ def aggregate(
     )
 
 
-def _average(
+def changes_of(
+    previous: Mapping[str, Tensor], contributions: Sequence[Contribution], layout: Layout
+) -> list[float]:
+    """How much each reply moved that is well formed, per element."""
+    return [_change(own, previous) for own in contributions if malformed(own, layout) is None]
+
+
+def average_tensors(
     previous: Mapping[str, Tensor], accepted: Sequence[Contribution], layout: Layout
-) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
+) -> dict[str, Tensor]:
+    """The mean of each tensor over those who sent it; the old value where nobody did."""
     tensors: dict[str, Tensor] = {}
-    senders: dict[str, tuple[int, ...]] = {}
     for name in layout.shapes:
         own = [item for item in accepted if name in item.tensors]
-        senders[layout.groups[name]] = tuple(item.client for item in own)
         tensors[name] = previous[name]
         if own:
             tensors[name] = _mean([i.tensors[name] for i in own], [i.weight for i in own])
-    return tensors, senders
+    return tensors
 
 
 def _mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -153,7 +173,7 @@ def _mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return mean
 
 
-def _malformed(item: Contribution, layout: Layout) -> str | None:
+def malformed(item: Contribution, layout: Layout) -> str | None:
     """What is wrong with a reply by itself; None if nothing is."""
     if not np.isfinite(item.weight) or item.weight <= 0:
         return f"weight {item.weight} is not a positive number"

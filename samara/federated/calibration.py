@@ -24,10 +24,8 @@ from samara.federated.devices import CostModel
 from samara.measure.flop_counter import flop_counter
 from samara.train.layer_dropout import LayerDropout
 from samara.train.layer_rates import LayerDropoutConfig
-from samara.train.optim import Optimizer
 from samara.train.parallel import autocast
 
-FLOAT_BYTES = 4
 LARGEST_RATE = 0.99
 
 
@@ -112,12 +110,14 @@ def fit_line(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float, fl
 
 
 def _pass(trainer: Trainer, batch: Batch, depth: int) -> None:
-    """Forward and backward with so many active layers."""
+    """Forward and backward with so many active layers; under ``fedadapter`` trained ones."""
     model, num_layers = trainer.model, trainer.num_layers
     model.train()
     held: Any = nullcontext()
     dropout: Any = nullcontext()
-    if depth < num_layers:
+    if trainer.config.method == "fedadapter":
+        held = trainer.only_upper(depth)
+    elif depth < num_layers:
         config = LayerDropoutConfig(
             rate=1 - depth / num_layers, shape="uniform", max_rate=LARGEST_RATE
         )
@@ -131,7 +131,7 @@ def _pass(trainer: Trainer, batch: Batch, depth: int) -> None:
 
 def _step_seconds(trainer: Trainer, batch: Batch, depth: int) -> float:
     """CPU seconds of a pass and its update."""
-    optimizer = Optimizer(trainer.model, trainer.config.local.optimizer)
+    optimizer = trainer.payload.optimizer()
     if trainer.model.device.type == "cuda":
         torch.cuda.synchronize()
     clock: Callable[[], float] = (
@@ -165,8 +165,7 @@ def _saved_bytes(trainer: Trainer, batch: Batch, depth: int) -> int:
 def _held_bytes(trainer: Trainer) -> float:
     """Weights, gradients of what is trained, and AdamW's moments of it."""
     weights = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
-    trained = sum(int(np.prod(shape)) for shape in trainer.layout.shapes.values())
-    return float(weights + 3 * FLOAT_BYTES * trained)
+    return float(weights + trainer.payload.held_bytes)
 
 
 @contextmanager
@@ -177,5 +176,4 @@ def _undisturbed(trainer: Trainer) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         yield
     trainer.load(before)
-    for parameter in trainer.model.parameters():
-        parameter.grad = None
+    trainer.payload.clear()

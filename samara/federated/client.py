@@ -17,26 +17,38 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
 
 from samara.adapt.tasks import mean_loss, predict
 from samara.data.draws import Draws, Purpose
 from samara.data.loader import training_batches
-from samara.errors import NonFiniteLossError
+from samara.data.rows import Batch
+from samara.errors import CheckpointError, NonFiniteLossError
+from samara.federated.accounting import Budget, make_budget
 from samara.federated.aggregation import HEAD, Layout, Tensor
 from samara.federated.config import FederateConfig
 from samara.federated.importance import ImportanceMeter
 from samara.federated.messages import ClientState, Instruction, Reply, hash_of, is_sound
-from samara.federated.server import Scores
+from samara.federated.mixed_ranks import truncate, widen
+from samara.federated.payload import Payload
+from samara.federated.proximal import ProximalTerm
+from samara.federated.randomness import Secrets
+from samara.federated.record_privacy import (
+    PrivateOptimizer,
+    SumPerRow,
+    poisson_batches,
+    row_gradients,
+    training_key,
+)
+from samara.federated.server_state import Scores
 from samara.federated.sharing import SharingState, update_importance, update_personal
-from samara.federated.store import to_numpy, to_torch
+from samara.federated.store import to_numpy
 from samara.federated.task_data import ChosenRows, FederatedData
 from samara.train.checkpoint import TrainingState
 from samara.train.layer_dropout import LayerDropout
 from samara.train.layer_stack import find_layers
 from samara.train.loop import Costs, Hooks, train
 from samara.train.objective import Objective
-from samara.train.optim import Optimizer
+from samara.train.optim import Updater
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,36 +59,50 @@ class PassFlops:
     per_layer: float = 0.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Tools:
+    """What the loop trains with."""
+
+    objective: Objective
+    optimizer: Updater
+    batches: Iterator[list[Batch]]
+
+
 class Trainer:
     """Plays the clients.
 
     Attributes:
-        layout: What is trained.
+        payload: What is trained.
+        model: That it is of.
+        layout: Its tensors.
         num_layers: Layers of the model.
     """
 
     def __init__(
         self,
         config: FederateConfig,
-        model: PreTrainedModel,
+        payload: Payload,
         *,
         data: FederatedData,
         objective: Objective,
         flops: PassFlops = PassFlops(),
+        secrets: Secrets | None = None,
     ) -> None:
         """Take a model over.
 
         Args:
             config: The recipe.
-            model: On its device; what asks for gradients is what is trained.
+            payload: What is trained, in a model on its device.
             data: Of all clients.
             objective: The loss of the task.
             flops: Of a pass, for the record.
+            secrets: The clients' keys, where their rows are protected.
         """
-        self.config, self.model, self.data = config, model, data
+        self.secrets = secrets
+        self.config, self.payload, self.data = config, payload, data
+        self.model, self._trained = payload.model, payload.parameters
         self.objective, self.flops = objective, flops
-        self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.layout = make_layout(model, self._trained)
+        self.layout = make_layout(payload)
         self.num_layers = self.layout.num_layers
 
     def tensors(self) -> dict[str, Tensor]:
@@ -85,12 +111,22 @@ class Trainer:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Put trained values into the model."""
-        with torch.no_grad():
-            for name, value in to_torch(tensors).items():
-                self._trained[name].copy_(value)
+        self.payload.load(tensors)
 
     def local_values(self, tensors: Mapping[str, Tensor], state: ClientState) -> dict[str, Tensor]:
-        """The values that a client works with: the global ones, and its own where it keeps any."""
+        """The values that a client works with: the global ones, and its own where it keeps any.
+
+        Raises:
+            CheckpointError: If what it keeps is no part of this model.
+        """
+        for name, value in state.personal.items():
+            wanted = self.layout.shapes.get(name)
+            if value.shape != wanted:
+                here = f"{wanted}" if wanted else "not trained"
+                raise CheckpointError(
+                    f"what a client keeps does not fit this run: {name} is {value.shape}, here "
+                    f"{here}; take it from a run with the same method and lora settings"
+                )
         return {**tensors, **state.personal}
 
     # --- training ---------------------------------------------------------------------------------
@@ -102,22 +138,33 @@ class Trainer:
 
         Args:
             instruction: Of the server.
-            tensors: The global values.
+            tensors: The global values, or the part of them that the instruction is about.
             state: What the client keeps.
 
         Returns:
             The reply, and what the client keeps from now on. A training that failed is a reply too,
             without tensors, and changes nothing.
+
+        Raises:
+            CheckpointError: If what the client keeps is no part of this model.
         """
         started = time.process_time()
         rows = self.data.client(instruction.client)
+        key = None
+        if self.config.privacy.records is not None:
+            key = self._charge(instruction, tensors, state)
+            if key is None:
+                message = "its privacy budget would be passed"
+                return self._failed(instruction, "error", message, []), state
+        if instruction.lora_rank is not None:
+            tensors = widen(tensors, self.layout.shapes)
         self.load(self.local_values(tensors, state))
         before = self.score(rows.validation)
         meter = ImportanceMeter(self.config.sharing.importance, self._groups())
         active: list[int] = []
         progress = TrainingState()
         try:
-            self._run_loop(instruction, rows.train, meter, active, progress)
+            self._run_loop(instruction, rows.train, meter, active, progress, key)
         except NonFiniteLossError as error:
             return self._failed(instruction, "not_finite", str(error), active), state
         except (torch.OutOfMemoryError, MemoryError) as error:
@@ -149,6 +196,29 @@ class Trainer:
         )
         return reply, ClientState(sharing=sharing, personal=kept)
 
+    def _charge(
+        self, instruction: Instruction, tensors: Mapping[str, Tensor], state: ClientState
+    ) -> bytes | None:
+        """Charge the client's budget for this training: its key, or None if that would pass it."""
+        assert self.secrets is not None
+        client = instruction.client
+        own = [state.personal[name] for name in sorted(state.personal)]
+        key = training_key(self.secrets.client(client), instruction, tensors, own)
+        fits = self.secrets.charge(client, key, self.record_budget(client))
+        return key if fits else None
+
+    def record_budget(self, client: int) -> Budget:
+        """What a client has to give of its rows' privacy."""
+        promise, local = self.config.privacy.records, self.config.local
+        assert promise is not None
+        return make_budget(
+            promise,
+            rate=min(1.0, local.batch_size / len(self.data.client(client).train)),
+            steps=local.steps,
+            rounds=self.config.server.rounds,
+            key="privacy.records",
+        )
+
     def _run_loop(
         self,
         instruction: Instruction,
@@ -156,40 +226,37 @@ class Trainer:
         meter: ImportanceMeter,
         active: list[int],
         progress: TrainingState,
+        key: bytes | None,
     ) -> None:
         local = self.config.local
         client, round = instruction.client, instruction.round
         torch.manual_seed(_seed(self.config.seed, client, round + 1))
-        for parameter in self._trained.values():
-            parameter.grad = None  # of a client that ran out of memory in the middle of a pass
-        batches = training_batches(
-            rows,
-            batch_size=local.batch_size,
-            micro_batch_size=local.batch_size,
-            seed=_seed(self.config.seed, client, 0),
-            start_step=round * local.steps,
-            num_steps=local.steps,
-        )
+        self.payload.clear()  # of a client that ran out of memory in the middle of a pass
+        pull = ProximalTerm(local.proximal, self._trained.values())
         with ExitStack() as stack:
+            stack.enter_context(self.only_upper(instruction.trained_layers))
             gates = self._gates(instruction, stack)
+            tools = self._tools(instruction, rows, stack, key)
 
             @contextmanager
             def around(step: int, number: int) -> Iterator[Costs]:
                 assert number == 0, "a step is one pass"
                 with gates(step) as runs:
                     count = sum(runs)
-                    flops = self.flops.fixed + count * self.flops.per_layer
+                    paid = instruction.trained_layers or count
+                    flops = self.flops.fixed + paid * self.flops.per_layer
                     yield Costs(flops_per_token=flops, useful_flops_per_token=flops)
                 active.append(count)
                 meter.add(runs)
+                pull.add()
 
             meter.start()
             train(
                 self.model,
-                objective=self.objective,
-                optimizer=Optimizer(self.model, local.optimizer),
+                objective=tools.objective,
+                optimizer=tools.optimizer,
                 learning_rate=lambda _: local.optimizer.lr,
-                batches=batches,
+                batches=tools.batches,
                 state=progress,
                 num_steps=local.steps,
                 precision=local.precision,
@@ -197,6 +264,41 @@ class Trainer:
                 hooks=Hooks(around_pass=around, log_every=None),
             )
             meter.finish()
+
+    def _tools(
+        self, instruction: Instruction, rows: ChosenRows, stack: ExitStack, key: bytes | None
+    ) -> _Tools:
+        """Batches in their order and a plain optimizer, or those that protect the rows."""
+        local = self.config.local
+        if key is None:
+            batches = training_batches(
+                rows,
+                batch_size=local.batch_size,
+                micro_batch_size=local.batch_size,
+                seed=_seed(self.config.seed, instruction.client, 0),
+                start_step=instruction.round * local.steps,
+                num_steps=local.steps,
+            )
+            return _Tools(
+                objective=self.objective,
+                optimizer=self.payload.optimizer(),
+                batches=batches,
+            )
+        promise, budget = self.config.privacy.records, self.record_budget(instruction.client)
+        assert promise is not None
+        stack.enter_context(row_gradients(self.model))
+        return _Tools(
+            objective=SumPerRow(self.objective),
+            optimizer=PrivateOptimizer(
+                self.model,
+                local.optimizer,
+                budget=budget,
+                clip=promise.clip,
+                batch_size=local.batch_size,
+                key=key,
+            ),
+            batches=poisson_batches(rows, rate=budget.rate, steps=local.steps, key=key),
+        )
 
     def _gates(
         self, instruction: Instruction, stack: ExitStack
@@ -211,6 +313,24 @@ class Trainer:
             LayerDropout(self.model, settings, seed=self.config.seed, node=instruction.client)
         )
         return lambda step: dropout.hold(batch=step, round=instruction.round)
+
+    @contextmanager
+    def only_upper(self, count: int | None) -> Iterator[None]:
+        """Freeze what is trained below the uppermost layers; None: nothing."""
+        lowest = 0 if count is None else self.num_layers - count
+        groups = self.layout.groups
+        frozen = [
+            parameter
+            for name, parameter in self._trained.items()
+            if groups[name] != HEAD and int(groups[name]) < lowest
+        ]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
 
     def _groups(self) -> list[dict[str, nn.Parameter]]:
         """Per layer its trained parameters."""
@@ -249,14 +369,18 @@ class Trainer:
     ) -> dict[str, Tensor]:
         """What is not kept, and what the server insists on; of it what had a chance to change."""
         chosen: dict[str, Tensor] = {}
+        trained_layers = instruction.trained_layers or self.num_layers
         for name, value in trained.items():
             group = self.layout.groups[name]
             wanted = not self._is_kept(group, sharing)
             if group != HEAD:
                 wanted |= int(group) in instruction.must_share
                 wanted &= meter.active_batches[int(group)] > 0
+                wanted &= int(group) >= self.num_layers - trained_layers
             if wanted:
                 chosen[name] = value
+        if instruction.lora_rank is not None:
+            return truncate(chosen, instruction.lora_rank)
         return chosen
 
     def _failed(
@@ -294,13 +418,13 @@ def _nothing_dropped(num_layers: int) -> Iterator[tuple[bool, ...]]:
     yield (True,) * num_layers
 
 
-def make_layout(model: PreTrainedModel, trained: Mapping[str, nn.Parameter]) -> Layout:
+def make_layout(payload: Payload) -> Layout:
     """Which trained tensor belongs to which layer."""
-    layers = find_layers(model).layers
+    layers = find_layers(payload.model).layers
     owner = {id(p): str(n) for n, layer in enumerate(layers) for p in layer.parameters()}
     return Layout(
-        shapes={name: tuple(parameter.shape) for name, parameter in trained.items()},
-        groups={name: owner.get(id(parameter), HEAD) for name, parameter in trained.items()},
+        shapes={name: tuple(values.shape) for name, values in payload.parameters.items()},
+        groups={name: owner.get(id(home), HEAD) for name, home in payload.homes.items()},
         num_layers=len(layers),
     )
 

@@ -13,10 +13,19 @@ from pydantic import (
     model_validator,
 )
 
-from samara.adapt.config import FinetuneData, LabelsConfig
+from samara.adapt.config import LabelsConfig
 from samara.config import Config
 from samara.errors import ConfigError
+from samara.federated.methods_config import (
+    DepthSearch,
+    FedAvg,
+    FederatedRows,
+    MixedRanks,
+    ServerUpdate,
+)
+from samara.federated.privacy_config import PrivacyConfig, check_privacy
 from samara.measure.tasks_config import PerplexityConfig
+from samara.sparse.config import SelectionConfig
 from samara.train.config import AdamW
 from samara.train.layer_rates import LayerDropoutConfig, Shape
 
@@ -75,6 +84,10 @@ class ConfiguratorConfig(Config):
     policy: Policy = EpsilonGreedy()
     per: Literal["second", "joule"] = "second"
     """What the gain of a local training is divided by."""
+    rewards: Literal["clients", "server"] = "clients"
+    """What a gain is measured on. `clients`: each client's own validation rows. `server`: the
+    server's, once a round for all; every device class tries one arm a round, whoever of it takes
+    part, and the clients tell nothing."""
     discount: Share = 0.98
     """Weight that an observation loses per round."""
     explore_share: Share = 0.5
@@ -164,7 +177,10 @@ class KeyPartition(Config):
     field: str
     """The field, as `user`."""
     min_rows: PositiveInt = 3
-    """Users with fewer rows are left out."""
+    """Users with fewer rows are small."""
+    small: Literal["leave_out", "merge"] = "leave_out"
+    """What becomes of small users, and of those beyond `clients.number` of the largest: their rows
+    are left out, or the smallest are put together until they are enough and no more than that."""
 
 
 class QuantityPartition(Config):
@@ -254,8 +270,11 @@ Clock = Annotated[CalibratedClock | GivenClock, Field(discriminator="kind")]
 FederatedTask = Annotated[LabelsConfig | PerplexityConfig, Field(discriminator="kind")]
 
 Method = Literal[
-    "droppeft", "static_stld", "fedlora", "fedlora_checkpointing", "frozen_depth", "head_only"
-]
+    "droppeft", "static_stld", "fedavg", "fedlora", "fedlora_checkpointing", "frozen_depth",
+    "head_only", "fedadapter", "hetlora",
+]  # fmt: skip
+PAYLOAD_METHODS = ("droppeft", "static_stld", "fedavg")
+"""Methods that know other payloads than adapters."""
 
 
 class ClientsConfig(Config):
@@ -270,6 +289,9 @@ class ClientsConfig(Config):
     """Of a client's rows: the gain of its training is measured on them."""
     test_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     """Of a client's rows: scored at the end."""
+    personal_from: str | None = None
+    """A folder that `samara personal export` wrote: the clients in it begin with the layers that
+    they kept in another run. Of `superlink`: each node names its own."""
     devices: tuple[DeviceShare, ...] = (
         DeviceShare(profile="jetson-tx2"),
         DeviceShare(profile="jetson-nano"),
@@ -307,6 +329,9 @@ class LocalTraining(Config):
     batch_size: PositiveInt = 8
     optimizer: AdamW = AdamW(lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0)
     clip_grad_norm: PositiveFloat | None = 1.0
+    proximal: NonNegativeFloat = 0.0
+    """FedProx: weight of half the squared distance from where the training began, beside the loss.
+    0: none."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """`bfloat16`: autocast."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -317,8 +342,11 @@ class ServerConfig(Config):
     """What the server does around the clients."""
 
     rounds: PositiveInt
-    max_change: Annotated[float, Field(gt=1.0)] = 10.0
-    """A reply that moved more than so many times the median reply is refused."""
+    optimizer: ServerUpdate = FedAvg()
+    """What becomes of the mean of a round: `fedavg` takes it; `fedadam`, `fedyogi`, `fedadagrad`
+    step along it. (FedProx is the clients': `local.proximal`.)"""
+    max_change: Annotated[float, Field(gt=1.0)] | None = 10.0
+    """A reply that moved more than so many times the median reply is refused. Null: none is."""
     rollback_rise: NonNegativeFloat | None = 0.2
     """A rise of the validation loss above the best, relative to it, after which the server goes
     back to the best round's weights. Left out (null): only if the loss is not finite."""
@@ -339,27 +367,42 @@ class FederateConfig(Config):
     """The model to adapt: any Hugging Face model folder, a run folder, or `stage:NAME`."""
     task: FederatedTask
     """`labels`: classification; `perplexity`: language modelling. `data` holds the test rows."""
-    data: FinetuneData
+    data: FederatedRows
     """`train` is dealt out to the clients; the validation rows stay with the server."""
     method: Method = "droppeft"
     """`droppeft`: layer dropout by the configurator, and layers shared by `sharing`.
     Baselines: `static_stld` (layer dropout by `layer_dropout`, everything shared), `fedlora` (no
-    dropout), `fedlora_checkpointing` (with activation checkpointing), `frozen_depth` (adapters in
-    the upper layers only, by `trained_layers`), `head_only` (no adapters)."""
+    dropout), `fedavg` (the same, of any payload), `fedlora_checkpointing` (with activation
+    checkpointing), `frozen_depth` (adapters in the upper layers only, by `trained_layers`),
+    `head_only` (no adapters), `fedadapter` (depth and width grow by trials: `depth_search`),
+    `hetlora` (a rank for each kind of device: `mixed_ranks`)."""
+    payload: Literal["lora", "sparse", "full"] = "lora"
+    """What is trained and exchanged: adapters; few weights by `selection`, chosen by the server on
+    its validation rows; or all weights. The other two are for `droppeft`, `static_stld`, `fedavg`.
+    """
     lora: FederatedLora = FederatedLora()
+    selection: SelectionConfig = SelectionConfig()
+    """Of payload `sparse`."""
     layer_dropout: LayerDropoutConfig = LayerDropoutConfig(rate=0.5)
     """Under `droppeft` the configurator sets its rate and shape."""
     trained_layers: PositiveInt | None = None
     """Of `frozen_depth`: upper layers that are trained. Left out: half of them."""
+    depth_search: DepthSearch = DepthSearch()
+    """Of `fedadapter`."""
+    mixed_ranks: MixedRanks = MixedRanks()
+    """Of `hetlora`."""
     configurator: ConfiguratorConfig = ConfiguratorConfig()
     sharing: SharingConfig = SharingConfig()
     clients: ClientsConfig
     local: LocalTraining = LocalTraining()
     server: ServerConfig
+    privacy: PrivacyConfig = PrivacyConfig()
     clock: Clock = CalibratedClock()
-    engine: Literal["in_process", "flower"] = "in_process"
+    engine: Literal["in_process", "flower", "superlink"] = "in_process"
     """Who carries the messages, with the same result. `in_process`: this process plays server and
-    clients. `flower`: the simulation of Flower plays the clients in processes of their own."""
+    clients. `flower`: the simulation of Flower plays the clients in processes of their own.
+    `superlink`: devices of their own that run Flower's SuperNode; `--deploy` writes such a recipe
+    with its app. `data.train` is then what each node names as its own rows."""
     actors: PositiveInt = 2
     """Of `flower`: clients that train at the same time."""
 
@@ -367,6 +410,16 @@ class FederateConfig(Config):
     def _check(self) -> Self:
         if self.method == "head_only" and not isinstance(self.task, LabelsConfig):
             raise ConfigError("method: head_only needs task.kind labels; there is no other head")
+        if self.payload != "lora" and self.method not in PAYLOAD_METHODS:
+            raise ConfigError(
+                f"payload: {self.payload} is exchanged under {', '.join(PAYLOAD_METHODS)}, and "
+                f"method is {self.method}; use one of those, or payload lora"
+            )
+        if self.method in ("fedadapter", "hetlora") and self.server.optimizer.kind != "fedavg":
+            raise ConfigError(
+                f"server.optimizer: {self.server.optimizer.kind} steps whole layers, and under "
+                f"{self.method} clients send parts of them; use fedavg"
+            )
         if self.layer_dropout.scale == "survival_at_eval":
             raise ConfigError(
                 "layer_dropout.scale: survival_at_eval changes evaluation, which here runs the "
@@ -379,4 +432,45 @@ class FederateConfig(Config):
                 "clients.partition: dirichlet spreads labels, and the task has none; use iid, key "
                 "or quantity"
             )
+        if self.engine == "superlink":
+            self._check_deployed()
+        check_privacy(
+            self.privacy,
+            engine=self.engine,
+            method=self.method,
+            direction=self.sharing.direction,
+            rewards=self.configurator.rewards,
+            max_change=self.server.max_change,
+            clip_grad_norm=self.local.clip_grad_norm,
+            precision=self.local.precision,
+            proximal=self.local.proximal,
+            payload=self.payload,
+            per_round=self.clients.per_round,
+        )
         return self
+
+    def _check_deployed(self) -> None:
+        """What follows from the training rows on one machine has to be said on many."""
+        if isinstance(self.task, LabelsConfig) and self.task.labels is None:
+            raise ConfigError("task.labels: engine superlink cannot see the rows; name all labels")
+        if self.data.validation is None:
+            raise ConfigError(
+                "data.validation: engine superlink cannot hold out rows of the clients; name a "
+                "file of the server's own"
+            )
+        if self.payload == "sparse":
+            raise ConfigError(
+                "payload: sparse needs the server's choice of weights on each node, and engine "
+                "superlink hands no files out; use lora or full"
+            )
+        if self.data.max_rows is not None:
+            raise ConfigError(
+                "data.max_rows: engine superlink trains on all rows of a node; leave it out"
+            )
+        if self.clients.number is None:
+            raise ConfigError("clients.number: engine superlink cannot count the clients; give it")
+        if self.clients.personal_from is not None:
+            raise ConfigError(
+                "clients.personal_from: is on the nodes under engine superlink; leave it out, and "
+                "give personal=FOLDER in the node's --node-config"
+            )

@@ -6,7 +6,8 @@ The run folder gets
     metrics.jsonl             one line a round: scores, costs, and every client's part
     clock.json                what a batch costs, measured once for the run or as given
     sharing.json              who keeps which layers, and which layers were shared when
-    adapter/                  of the best round, for peft (head_only: head.safetensors)
+    adapter/                  of the best round, for peft (head_only: head.safetensors; payload
+                              sparse: delta.safetensors; full: model)
     results.json              test scores, per client too; what was measured and what is modelled
     lineage.json              what it was made from, and the compute spent
 """
@@ -33,13 +34,21 @@ def federate(config: FederateConfig, run: RunFolder) -> None:
         from samara.federated.flower import require_flower
 
         require_flower()
+    if config.engine == "superlink":
+        from samara.federated.superlink import require_session
+
+        require_session()
     job = Job(config, run)
     engine: type[Driver] = InProcessDriver
     if config.engine == "flower":
         from samara.federated.flower import FlowerDriver
 
         engine = FlowerDriver
+    if config.engine == "superlink":
+        from samara.federated.superlink import SuperLinkDriver
+
+        engine = SuperLinkDriver
     driver = engine(job.server, job.trainer, job.store, run)
     driver.resume()
     driver.run()
-    job.finish()
+    job.finish(driver.score_clients())

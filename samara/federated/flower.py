@@ -31,14 +31,16 @@ from samara.config import validate
 from samara.errors import CheckpointError, ConfigError, ResourceError
 from samara.federated.aggregation import Tensor
 from samara.federated.config import FederateConfig
-from samara.federated.driver import Driver, lost
+from samara.federated.driver import Driver
 from samara.federated.job import Job
-from samara.federated.messages import ClientState, Instruction, Reply
+from samara.federated.messages import Instruction, Reply, lost
+from samara.federated.secure_client import protect, secure_stage
 from samara.runs import RunFolder
 from samara.train.stop import StopSignal
 
 ARRAYS, CONTENT = "arrays", "content"
 IDENTITY = "identity"
+SECURE = "secure"
 SECONDS_TO_START = 300.0
 """Until all virtual nodes are there."""
 NO_SIDE_EFFECTS = {
@@ -112,19 +114,17 @@ class FlowerDriver(Driver):
 
     def ask(self, instructions: Sequence[Instruction]) -> list[Reply]:
         """See :class:`~samara.federated.driver.Driver`."""
-        messages = [self._message(instruction) for instruction in instructions]
-        by_node = {self._nodes[own.client]: own for own in instructions}
+        asked = {instruction.client: instruction for instruction in instructions}
+        contents = {client: self.question(asked[client]) for client in asked}
         replies = []
-        for message in self._grid.send_and_receive(messages):
-            instruction = by_node[message.metadata.src_node_id]
+        for client, message in self.carry(contents, "train").items():
             if message.has_error():
-                first = str(message.error.reason).strip().rpartition("\n")[2]
-                replies.append(lost(instruction, first))
+                replies.append(lost(asked[client], reason_of(message)))
                 continue
             content = json.loads(message.content[CONTENT]["json"])
             reply = Reply.from_plain(
                 content["reply"],
-                tensors=_from_record(message.content[ARRAYS]),
+                tensors=from_record(message.content[ARRAYS]),
                 cpu_seconds=content["cpu_seconds"],
             )
             replies.append(reply)
@@ -132,24 +132,53 @@ class FlowerDriver(Driver):
                 self.store.note_client(reply.client, round=reply.round)
         return replies
 
-    def _message(self, instruction: Instruction) -> Any:
-        from flwr.app import Message, MessageType
+    def exchange(
+        self, stage: str, questions: Mapping[int, dict[str, Any]]
+    ) -> dict[int, dict[str, Any]]:
+        """See :class:`~samara.federated.driver.Driver`."""
+        contents = {
+            client: content_of({}, {"stage": stage, "payload": payload})
+            for client, payload in questions.items()
+        }
+        return {
+            client: json.loads(answer.content[CONTENT]["json"])
+            for client, answer in self.carry(contents, f"query.{SECURE}").items()
+            if not answer.has_error()
+        }
 
-        return Message(
-            content=_content(
-                self.server.state.tensors,
-                {
-                    "instruction": instruction.to_dict(),
-                    "state_round": self.store.newest_round(instruction.client),
-                    "identity": dict(self.store.identity),
-                    "recipe": self.server.config.model_dump(mode="json"),
-                    "run": str(self.run_folder.path.absolute()),
-                    "threads": torch.get_num_threads(),
-                },
-            ),
-            message_type=MessageType.TRAIN,
-            dst_node_id=self._nodes[instruction.client],
+    def question(self, instruction: Instruction) -> Any:
+        """The content of an instruction's message."""
+        return content_of(
+            self.server.given(instruction),
+            {
+                "instruction": instruction.to_dict(),
+                "state_round": self.store.newest_round(instruction.client),
+                "identity": dict(self.store.identity),
+                "recipe": self.server.config.model_dump(mode="json"),
+                "run": str(self.run_folder.path.absolute()),
+                "threads": torch.get_num_threads(),
+            },
         )
+
+    def carry(self, contents: Mapping[int, Any], kind: str) -> dict[int, Any]:
+        """Send each client its message and wait for the answers.
+
+        Args:
+            contents: Client -> its message's content.
+            kind: Of the messages: `train`, or one of Flower's others.
+
+        Returns:
+            Client -> its answer, which may be an error.
+        """
+        from flwr.app import Message
+
+        clients = {self._nodes[client]: client for client in contents}
+        messages = [
+            Message(content=contents[client], message_type=kind, dst_node_id=node)
+            for node, client in clients.items()
+        ]
+        answers = self._grid.send_and_receive(messages)
+        return {clients[answer.metadata.src_node_id]: answer for answer in answers}
 
     def _find_nodes(self, grid: Any) -> dict[int, int]:
         """The node of each client, by asking each for its partition."""
@@ -189,30 +218,43 @@ def make_client_app() -> Any:
     app = ClientApp()
     app.train()(train_message)
     app.query(IDENTITY)(identity_message)
+    app.query(SECURE)(secure_message)
     return app
 
 
 def train_message(message: Any, context: Any) -> Any:
     """Carry out an instruction, from message to message."""
-    from flwr.app import Message
+    from flwr.app import ConfigRecord, Message
 
-    del context
     content = json.loads(message.content[CONTENT]["json"])
     instruction = Instruction.from_dict(content["instruction"])
     job = _job(json.dumps(content["recipe"]), content["run"], content["threads"])
     job.store.identity = content["identity"]
-    state, round = ClientState(), content["state_round"]
+    round = content["state_round"]
+    memory = json.loads(context.state[SECURE]["json"]) if SECURE in context.state else None
     try:
-        if round is not None:
-            state = job.store.load_client(instruction.client, round=round)
-        tensors = _from_record(message.content[ARRAYS])
+        state = job.store.load_client(instruction.client, round=round)
+        tensors = from_record(message.content[ARRAYS])
         reply, state = job.trainer.train(instruction, tensors, state)
+        reply = protect(job.trainer, reply, tensors, memory)
     except CheckpointError as error:
         reply = lost(instruction, error)
     if reply.verdict == "ok":
         job.store.save_client(instruction.client, state, round=instruction.round)
-    answer = {"reply": reply.plain(), "cpu_seconds": reply.cpu_seconds}
-    return Message(content=_content(reply.tensors, answer), reply_to=message)
+    if memory is not None:
+        context.state[SECURE] = ConfigRecord({"json": json.dumps(memory)})
+    return Message(content=answer_of(reply), reply_to=message)
+
+
+def secure_message(message: Any, context: Any) -> Any:
+    """Carry out a stage of a secure sum; its secrets stay in the node's own state, for a round."""
+    from flwr.app import ConfigRecord, Message
+
+    content = json.loads(message.content[CONTENT]["json"])
+    memory = json.loads(context.state[SECURE]["json"]) if SECURE in context.state else None
+    answer, memory = secure_stage(content["stage"], content["payload"], memory)
+    context.state[SECURE] = ConfigRecord({"json": json.dumps(memory)})
+    return Message(content=content_of({}, answer), reply_to=message)
 
 
 def identity_message(message: Any, context: Any) -> Any:
@@ -220,7 +262,7 @@ def identity_message(message: Any, context: Any) -> Any:
     from flwr.app import Message
 
     client = int(context.node_config["partition-id"])
-    return Message(content=_content({}, {"client": client}), reply_to=message)
+    return Message(content=content_of({}, {"client": client}), reply_to=message)
 
 
 @functools.lru_cache(maxsize=1)
@@ -234,14 +276,26 @@ def _job(recipe: str, run: str, threads: int) -> Job:
 # --- records --------------------------------------------------------------------------------------
 
 
-def _content(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> Any:
+def content_of(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> Any:
+    """A message's content: named arrays, and the rest as one JSON text."""
     from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
     arrays = ArrayRecord({name: Array(np.ascontiguousarray(tensors[name])) for name in tensors})
     return RecordDict({ARRAYS: arrays, CONTENT: ConfigRecord({"json": json.dumps(plain)})})
 
 
-def _from_record(record: Any) -> dict[str, Tensor]:
+def answer_of(reply: Reply) -> Any:
+    """The content of a reply's message."""
+    return content_of(reply.tensors, {"reply": reply.plain(), "cpu_seconds": reply.cpu_seconds})
+
+
+def reason_of(message: Any) -> str:
+    """The last line of an error."""
+    return str(message.error.reason).strip().rpartition("\n")[2]
+
+
+def from_record(record: Any) -> dict[str, Tensor]:
+    """The named arrays of a message."""
     return {name: np.array(array.numpy()) for name, array in record.items()}
 
 

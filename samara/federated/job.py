@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 
-from samara.adapt.config import LabelsConfig, LoraMethod
-from samara.adapt.data import TaskRows, find_labels, read_task_rows, with_labels
+from samara.adapt.data import TaskRows
+from samara.adapt.methods import SUPPORT
 from samara.adapt.models import TaskModel, load_task_model
-from samara.adapt.peft_methods import ADAPTER, PeftAdaptation
 from samara.adapt.tasks import LabelLoss, causal_objective
 from samara.data.rows import Batch
 from samara.errors import ConfigError
+from samara.federated.accounting import require_round
 from samara.federated.calibration import calibrate, measure_flops
 from samara.federated.client import Trainer
 from samara.federated.config import FederateConfig, GivenClock
 from samara.federated.configurator import make_arms
-from samara.federated.devices import CostModel, assign_devices
-from samara.federated.results import client_scores, results
+from samara.federated.devices import CostModel, assign_devices, by_trained_layers
+from samara.federated.driver import unprotected
+from samara.federated.inputs import with_files
+from samara.federated.payload import make_payload
+from samara.federated.protection import Protection
+from samara.federated.randomness import Secrets, require_packages
+from samara.federated.results import results
+from samara.federated.run_rows import RunRows, read_run_rows
 from samara.federated.server import Server
-from samara.federated.store import Store, to_torch
+from samara.federated.server_state import Scores
+from samara.federated.store import Store
 from samara.federated.task_data import FederatedData
-from samara.measure.task_rows import read_task
-from samara.model.disk_errors import disk_errors
-from samara.model.modeling import SamaraPreTrainedModel, set_activation_checkpointing
 from samara.progress import say
+from samara.registry.records import Evaluation
 from samara.runs import (
     Compute,
     Lineage,
@@ -36,21 +40,16 @@ from samara.runs import (
     hash_file,
     hash_weights,
     read_json,
-    write_bytes,
     write_json,
 )
+from samara.sparse.delta_records import Provenance, Train
+from samara.sparse.support import Support
 from samara.train.layer_dropout import LayerDropout
 from samara.train.layer_rates import LayerDropoutConfig
-from samara.train.layer_stack import find_layers
 from samara.train.objective import Objective
 from samara.train.parallel import choose_place
 
-CLOCK, SHARING, RESULTS, HEAD_FILE = (
-    "clock.json",
-    "sharing.json",
-    "results.json",
-    "head.safetensors",
-)
+CLOCK, SHARING, RESULTS = "clock.json", "sharing.json", "results.json"
 FIT_WANTED = 0.99
 """R² of the fitted time below which the user is told."""
 
@@ -59,49 +58,52 @@ class Job:
     """Everything a run is made of, whoever drives it."""
 
     def __init__(self, config: FederateConfig, run: RunFolder) -> None:
+        config = with_files(config, run)
         self.config, self.run = config, run
-        rows = read_task_rows(config)
-        test = read_task(Path(config.task.data).expanduser(), config.task)
-        labels = None
-        if isinstance(config.task, LabelsConfig):
-            task = config.task
-            labels = find_labels(task, [*rows.train, *rows.validation])
-            rows = replace(
-                rows,
-                train=tuple(with_labels(rows.train, task, labels)),
-                validation=tuple(with_labels(rows.validation, task, labels)),
-            )
-            test = with_labels(test, task, labels)
-        loaded = load_task_model(
-            config.init_from, labels=labels, dtype=torch.float32, seed=config.seed
-        )
-        device: Any = choose_place(config.local.device).device
-        loaded.model.to(device)
-        data = FederatedData(
-            config, rows, test, labels=labels, model=loaded.model, tokenizer=loaded.tokenizer
-        )
-        objective: Objective = LabelLoss() if labels else causal_objective(loaded.model)
-        self.adaptation = _adapt(config, loaded)
-        self.trainer = Trainer(config, loaded.model, data=data, objective=objective)
-        self.parents = self._parents(rows, loaded)
+        require_packages(config.privacy)
+        read = read_run_rows(config)
+        secrets = Secrets(run.path, config.privacy, seed=config.seed)
+        self.trainer, loaded = make_trainer(config, read, run=run, secrets=secrets)
+        self.folder = loaded.folder
+        self.parents = self._parents(read.rows, loaded)
         batch = self._first_batch()
         self.trainer.flops = measure_flops(self.trainer, batch, drops=self._drops)
         costs = self._costs(batch)
+        protection = None
+        here = self.trainer.data.parts  # of a deployment's server: none
+        if config.privacy.records is not None and here:
+            budgets = (self.trainer.record_budget(client) for client in here)
+            require_round(budgets, key="privacy.records")
+        if config.privacy.is_on:
+            protection = Protection(
+                config,
+                layout=self.trainer.layout,
+                num_clients=self.trainer.data.num_clients,
+                secrets=secrets,
+            )
         self.server = Server(
             config,
             layout=self.trainer.layout,
             devices=assign_devices(
-                config.clients.devices, num_clients=data.num_clients, seed=config.seed
+                config.clients.devices, num_clients=self.trainer.data.num_clients, seed=config.seed
             ),
             costs=costs,
             arm_layers=self._arm_layers(),
             tensors=self.trainer.tensors(),
+            protection=protection,
         )
-        self.store = Store(run.path, identity={"method": config.method, **self.parents})
+        start = config.clients.personal_from
+        self.store = Store(
+            run.path,
+            identity=self._identity(),
+            start=None if start is None else Path(start).expanduser(),
+        )
+        self._check_start()
 
     @property
     def _drops(self) -> bool:
-        return self.config.method in ("droppeft", "static_stld")
+        """Whether batches differ in the layers that cost something."""
+        return self.config.method in ("droppeft", "static_stld", "fedadapter")
 
     def _parents(self, rows: TaskRows, loaded: TaskModel) -> dict[str, str]:
         return {
@@ -110,8 +112,36 @@ class Job:
             "test": hash_file(Path(self.config.task.data).expanduser()),
         }
 
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint has to be of, to go on from it here."""
+        found: dict[str, Any] = {"method": self.config.method, "payload": self.config.payload}
+        found |= self.parents
+        if self.server.protection is not None:
+            found["privacy"] = self.server.protection.kinds()
+        if self.config.payload == "sparse":
+            found["support"] = Support.load(self.run.path / SUPPORT).support_id
+        return found
+
+    def _check_start(self) -> None:
+        """Check the layers that clients begin with, before anything else happens.
+
+        Raises:
+            ConfigError: If the folder is missing.
+            CheckpointError: If a client's is damaged, or of another model.
+        """
+        if self.store.start is None:
+            return
+        if not self.store.start.is_dir():
+            raise ConfigError(
+                f"clients.personal_from: no folder {self.store.start}; write one with "
+                "`samara personal export RUN FOLDER`"
+            )
+        for client in range(self.trainer.data.num_clients):
+            self.trainer.local_values({}, self.store.load_client(client))
+
     def _first_batch(self) -> Batch:
-        rows = self.trainer.data.client(0).train
+        """Of the server's rows, since the clients' may be elsewhere."""
+        rows = self.trainer.data.validation
         size = self.config.local.batch_size
         numbers = [number % len(rows) for number in range(size)]
         return {name: t.to(self.trainer.model.device) for name, t in rows.batch(numbers).items()}
@@ -129,6 +159,8 @@ class Job:
                 basis="modelled",
                 source=clock.source,
             )
+            if self.config.method == "fedadapter":
+                costs = by_trained_layers(costs, self.trainer.num_layers)
         elif path.exists():
             return CostModel.from_dict(read_json(path))
         else:
@@ -169,20 +201,44 @@ class Job:
         with LayerDropout(self.trainer.model, settings, seed=self.config.seed) as dropout:
             return dropout.rates.budget or self.trainer.num_layers
 
+    def _records(self, scores: Scores) -> Provenance:
+        """What a delta file says about where it came from."""
+        config = self.config
+        found = {"loss": scores.loss, "accuracy": scores.accuracy}
+        return Provenance(
+            model_id=self.folder.name,
+            config_sha256=hash_file(self.folder / "config.json"),
+            train=Train(
+                data_sha256=self.parents["data"],
+                recipe=config.model_dump(mode="json"),
+                seed=config.seed,
+            ),
+            eval=[
+                Evaluation(
+                    task=config.task.name,
+                    metric=metric,
+                    value=value,
+                    n=len(self.trainer.data.test),
+                )
+                for metric, value in found.items()
+                if value is not None
+            ],
+        )
+
     # --- the end ----------------------------------------------------------------------------------
 
-    def finish(self) -> None:
-        """Score, export, and write what it cost."""
+    def finish(self, clients: Sequence[Mapping[str, Any]]) -> None:
+        """Score, export, and write what it cost.
+
+        Args:
+            clients: Scores of each; see :meth:`samara.federated.driver.Driver.score_clients`.
+        """
         server, trainer = self.server, self.trainer
         state = server.state
-        scored = client_scores(trainer, self.store, state.tensors)
         last = trainer.score_values(state.tensors, trainer.data.test)
         best = trainer.score_values(state.best_tensors, trainer.data.test)
-        with disk_errors():  # the best values are in the model now
-            if self.adaptation is None:
-                write_bytes(self.run.path / HEAD_FILE, save(to_torch(trainer.tensors())))
-            else:
-                self.adaptation.save(self.run.path / ADAPTER)
+        # The best values are in the model now.
+        trainer.payload.export(self.run, self._records(best))
         write_json(
             self.run.path / SHARING, {**state.audit.to_dict(), "holders": state.audit.holders()}
         )
@@ -193,55 +249,69 @@ class Job:
             seconds=state.measured_cpu_seconds,
             joules=totals["modelled_joules"],
         )
+        if self.config.privacy.client is not None:
+            spent = self._expected_compute()
         self.run.write_lineage(Lineage(parents=self.parents, spent=spent))
-        write_json(
-            self.run.path / RESULTS,
-            results(server, trainer, best=best, last=last, clients=scored, parents=self.parents),
+        found = results(
+            server, trainer, best=best, last=last, clients=clients, parents=self.parents
         )
+        if server.protection is not None:
+            write_json(unprotected(self.run).path / RESULTS, found)
+            costs = server.expected_costs()
+            found = server.protection.public_results(found, costs, state.round)
+        write_json(self.run.path / RESULTS, found)
+
+    def _expected_compute(self) -> Compute:
+        """What the rounds cost on average over who may be drawn, at full depth.
+
+        What they did cost would tell how many took part, which is not to be known.
+        """
+        trainer, local, rounds = self.trainer, self.config.local, self.server.state.round
+        tokens = local.steps * local.batch_size * self.config.data.sequence_length
+        tokens *= rounds * min(self.config.clients.per_round, trainer.data.num_clients)
+        flops = trainer.flops.fixed + trainer.num_layers * trainer.flops.per_layer
+        joules = rounds * self.server.expected_costs()["modelled_joules"]
+        return Compute(tokens=tokens, flops=tokens * flops, seconds=0.0, joules=joules)
 
 
-def _adapt(config: FederateConfig, loaded: TaskModel) -> PeftAdaptation | None:
-    """Say what is trained: the requires_grad of the model's parameters; None: no adapters.
+def make_trainer(
+    config: FederateConfig,
+    read: RunRows,
+    *,
+    run: RunFolder,
+    secrets: Secrets,
+    only_client: int | None = None,
+) -> tuple[Trainer, TaskModel]:
+    """Load the model, say what of it is trained, and give it the rows of this machine.
+
+    Args:
+        config: The recipe.
+        read: The rows.
+        run: Where a choice of weights is kept.
+        secrets: The keys of the clients on this machine.
+        only_client: All training rows are this client's; left out: they are dealt out.
 
     Raises:
-        ConfigError: If the method does not fit the model.
+        ConfigError: If settings, task and model do not fit each other.
+        DataError: If the rows do not fit the task.
+        CheckpointError: If the model is damaged.
     """
-    if config.method == "head_only":
-        head = set(loaded.new_tensors)
-        for name, parameter in loaded.model.named_parameters():
-            parameter.requires_grad_(name in head)
-        if not head:
-            raise ConfigError("method: head_only needs a new head, and the model has its own")
-        return None
-    lora = config.lora
-    torch.manual_seed(config.seed)
-    adaptation = PeftAdaptation(
-        loaded,
-        LoraMethod(
-            kind="lora",
-            rank=lora.rank,
-            alpha=lora.alpha,
-            dropout=lora.dropout,
-            targets=lora.targets,
-        ),
-        seed=config.seed,
+    # A delta is to the weights as they are stored; the values that change are float32 anyway.
+    dtype = None if config.payload == "sparse" else torch.float32
+    loaded = load_task_model(config.init_from, labels=read.labels, dtype=dtype, seed=config.seed)
+    device: Any = choose_place(config.local.device).device
+    loaded.model.to(device)
+    data = FederatedData(
+        config,
+        read.rows,
+        read.test,
+        labels=read.labels,
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        only_client=only_client,
     )
-    if config.method == "frozen_depth":
-        _freeze_lower(config, loaded)
-    if config.method == "fedlora_checkpointing":
-        if isinstance(loaded.model, SamaraPreTrainedModel):
-            set_activation_checkpointing(loaded.model, "layer")
-        else:
-            loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
-    return adaptation
-
-
-def _freeze_lower(config: FederateConfig, loaded: TaskModel) -> None:
-    layers = find_layers(loaded.model).layers
-    trained = config.trained_layers or -(-len(layers) // 2)
-    if trained > len(layers):
-        raise ConfigError(
-            f"trained_layers: {trained} wanted, the model has {len(layers)} layers; lower it"
-        )
-    for layer in layers[: len(layers) - trained]:
-        layer.requires_grad_(False)
+    objective: Objective = LabelLoss() if read.labels else causal_objective(loaded.model)
+    payload = make_payload(
+        config, loaded, run=run, rows=lambda: data.validation, objective=objective
+    )
+    return Trainer(config, payload, data=data, objective=objective, secrets=secrets), loaded

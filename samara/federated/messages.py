@@ -30,6 +30,9 @@ class Instruction:
         rate, shape: Of layer dropout; rate 0: no layer is dropped.
         must_share: Layers that the client sends even if it keeps its own.
         population: Mean importance per layer over the clients; empty before any is known.
+        group: Of a trial; empty: there is none.
+        trained_layers: Upper layers that are trained; None: all.
+        lora_rank: Rows of the adapters that are trained; None: all.
     """
 
     round: int
@@ -38,6 +41,9 @@ class Instruction:
     shape: Shape = "uniform"
     must_share: tuple[int, ...] = ()
     population: tuple[float, ...] = ()
+    group: str = ""
+    trained_layers: int | None = None
+    lora_rank: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
@@ -67,6 +73,7 @@ class Reply:
         personal_hash: Of what it keeps; None: it keeps nothing.
         tokens, flops: Of its training.
         cpu_seconds: Of its training, measured on this machine.
+        epsilon: Spent of the client's own privacy budget; None: it has none, or keeps it to itself.
     """
 
     round: int
@@ -85,6 +92,7 @@ class Reply:
     tokens: int = 0
     flops: float = 0.0
     cpu_seconds: float = 0.0
+    epsilon: float | None = None
 
     @property
     def gain(self) -> float:
@@ -113,6 +121,11 @@ class Reply:
             "active_layers": tuple(plain["active_layers"]),
         }
         return cls(**{**plain, **read}, tensors=tensors, cpu_seconds=cpu_seconds)
+
+
+def lost(asked: Instruction | Reply, error: Exception | str) -> Reply:
+    """The reply in place of one that a client could not give."""
+    return Reply(round=asked.round, client=asked.client, verdict="error", message=str(error))
 
 
 @dataclass(frozen=True, kw_only=True)

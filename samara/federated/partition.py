@@ -6,6 +6,7 @@ release of numpy moves a row to another client.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -53,7 +54,8 @@ def partition(
     Args:
         config: How.
         num_rows: Rows there are.
-        num_clients: Clients to make. With natural keys: so many of the largest; None: all.
+        num_clients: Clients to make. With natural keys: so many of the largest, or made by putting
+            the smallest together; None: all.
         seed: Of the run.
         labels: Of each row, for ``dirichlet``.
         keys: Of each row, for ``key``.
@@ -96,7 +98,10 @@ def _by_key(
     config: KeyPartition, keys: Sequence[Hashable], num_clients: int | None
 ) -> list[IntArray]:
     least = max(LEAST_ROWS, config.min_rows)
-    groups = [rows for rows in _grouped(keys).values() if len(rows) >= least]
+    groups = list(_grouped(keys).values())
+    if config.small == "merge":
+        groups = _merged(groups, least=least, most=num_clients)
+    groups = [rows for rows in groups if len(rows) >= least]
     if not groups or (num_clients or 0) > len(groups):
         raise DataError(
             f"clients.number: {num_clients or 1} wanted, the data has {len(groups)} values of "
@@ -106,6 +111,20 @@ def _by_key(
         largest = sorted(range(len(groups)), key=lambda number: -len(groups[number]))
         groups = [groups[number] for number in sorted(largest[:num_clients])]
     return groups
+
+
+def _merged(groups: list[IntArray], *, least: int, most: int | None) -> list[IntArray]:
+    """Put the smallest groups together until all have enough rows and there are no more than most.
+
+    A group made of several stands where the first of them stood.
+    """
+    left = [(len(rows), place, rows) for place, rows in enumerate(groups)]
+    heapq.heapify(left)
+    while len(left) > 1 and (left[0][0] < least or len(left) > (most or len(left))):
+        one, other = heapq.heappop(left), heapq.heappop(left)
+        rows = np.sort(np.concatenate([one[2], other[2]]))
+        heapq.heappush(left, (len(rows), min(one[1], other[1]), rows))
+    return [rows for _, _, rows in sorted(left, key=lambda entry: entry[1])]
 
 
 def _grouped(values: Sequence[Hashable]) -> dict[Hashable, IntArray]:

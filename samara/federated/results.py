@@ -9,7 +9,9 @@ import numpy as np
 
 from samara.federated.aggregation import Tensor
 from samara.federated.client import Trainer
-from samara.federated.server import Scores, Server
+from samara.federated.messages import ClientState
+from samara.federated.server import Server
+from samara.federated.server_state import Scores
 from samara.federated.store import Store
 
 WORST = 0.1
@@ -26,28 +28,37 @@ def client_scores(
         store: With what the clients keep.
         tensors: The global values.
     """
-    found = []
-    for client in range(trainer.data.num_clients):
-        rows = trainer.data.client(client).test
-        state = store.load_client(client)
-        shared = trainer.score_values(tensors, rows)
-        own = shared
-        if state.personal:
-            own = trainer.score_values(trainer.local_values(tensors, state), rows)
-        found.append(
-            {
-                "client": client,
-                "test_rows": len(rows),
-                "global": {"loss": shared.loss, "accuracy": shared.accuracy},
-                "personal": {"loss": own.loss, "accuracy": own.accuracy},
-                "personal_layers": list(state.sharing.personal),
-            }
-        )
-    return found
+    return [
+        score_client(trainer, client, store.load_client(client), tensors)
+        for client in range(trainer.data.num_clients)
+    ]
+
+
+def score_client(
+    trainer: Trainer, client: int, state: ClientState, tensors: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Score one client's test rows by the global values and by its own."""
+    rows = trainer.data.client(client).test
+    shared = trainer.score_values(tensors, rows)
+    own = shared
+    if state.personal:
+        own = trainer.score_values(trainer.local_values(tensors, state), rows)
+    return {
+        "client": client,
+        "test_rows": len(rows),
+        "global": {"loss": shared.loss, "accuracy": shared.accuracy},
+        "personal": {"loss": own.loss, "accuracy": own.accuracy},
+        "personal_layers": list(state.sharing.personal),
+    }
 
 
 def spread(clients: Sequence[Mapping[str, Any]], which: str) -> dict[str, float]:
-    """Mean over the clients, and mean over the worst tenth of them: of accuracy, or of loss."""
+    """Mean over the clients, and mean over the worst tenth of them: of accuracy, or of loss.
+
+    Empty of none: nodes of a deployment that promises privacy do not say how they score.
+    """
+    if not clients:
+        return {}
     name = "loss" if clients[0][which]["accuracy"] is None else "accuracy"
     values = sorted(entry[which][name] for entry in clients)
     if name == "loss":
@@ -71,6 +82,7 @@ def results(
         "schema": 1,
         "task": {"name": config.task.name, "kind": config.task.kind},
         "method": config.method,
+        "payload": config.payload,
         "engine": config.engine,
         "rounds": state.round,
         "best_round": state.best_round,
@@ -100,11 +112,18 @@ def results(
         },
         "measured": {
             "cpu_seconds": state.measured_cpu_seconds,
+            "strategy_cpu_seconds": state.strategy_cpu_seconds,
+            # Of clients that do not say what they spend there is no share.
+            "strategy_share_of_cpu_seconds": state.strategy_cpu_seconds / state.measured_cpu_seconds
+            if state.measured_cpu_seconds
+            else None,
             "bytes_down": state.totals["bytes_down"],
             "bytes_up": state.totals["bytes_up"],
+            "setup_bytes_per_client": trainer.payload.setup_bytes,
             "tokens": state.totals["tokens"],
             "flops": state.totals["flops"],
         },
         "best_arms": server.configurator.best_arms(state.round) if server.configurator else {},
+        "privacy": server.protection.summary(state.round) if server.protection else {},
         "parents": dict(parents),
     }

@@ -3,6 +3,7 @@
     checkpoints/round-00000007/     after 7 rounds
         global.safetensors          the server's values
         best.safetensors            those of the best round
+        beside.safetensors          what else the server keeps in tensors, if anything
         state.json                  everything else, and the round of each client's newest state
     clients/client-00000012/
         round-00000006/             what client 12 keeps since its part in round 6
@@ -17,7 +18,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from samara.runs import differences, read_json
 from samara.train.checkpoint import STATE, sweep, verify, write_tensors
 
 GLOBAL, BEST, PERSONAL = "global.safetensors", "best.safetensors", "personal.safetensors"
+BESIDE = "beside.safetensors"
 ROUND = re.compile(r"round-(\d{8})")
 KEEP_LAST = 2
 
@@ -46,11 +48,13 @@ class Saved:
     Attributes:
         plain: The server's state without its tensors.
         tensors, best_tensors: Of the server.
+        beside: What else it keeps in tensors.
     """
 
     plain: dict[str, Any]
     tensors: dict[str, Tensor]
     best_tensors: dict[str, Tensor]
+    beside: dict[str, Tensor]
 
 
 class Store:
@@ -59,19 +63,34 @@ class Store:
     Args:
         folder: Of the run.
         identity: What the run is made from; a checkpoint with another one is refused.
+        start: What :meth:`export_client` wrote for clients, a folder each: they begin with it.
     """
 
-    def __init__(self, folder: Path, *, identity: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, *, identity: Mapping[str, Any], start: Path | None = None
+    ) -> None:
         self.checkpoints, self.clients = folder / "checkpoints", folder / "clients"
         self.identity = dict(identity)
+        self.start = start
         self._newest: dict[int, int] = {}
+        self._written: set[int] | None = None  # since the last sweep; None: not swept yet
 
     @classmethod
     def of_run(cls, folder: Path) -> Store:
-        """The store of a run that exists, whatever it is made from."""
+        """The store of a run that exists, whatever it is made from.
+
+        On a node there are no checkpoints: each client's newest state on disk counts.
+        """
         paths = _rounds(folder / "checkpoints")
-        identity = read_json(paths[-1] / STATE)["identity"] if paths else {}
-        return cls(folder, identity=identity)
+        if paths:
+            return cls(folder, identity=read_json(paths[-1] / STATE)["identity"])
+        store = cls(folder, identity={})
+        for path in sorted((folder / "clients").glob("client-????????")):
+            client = int(path.name[-8:])
+            rounds = store.rounds_of(client)
+            if rounds:
+                store.note_client(client, round=rounds[-1])
+        return store
 
     # --- the server -------------------------------------------------------------------------------
 
@@ -80,6 +99,7 @@ class Store:
         plain: Mapping[str, Any],
         tensors: Mapping[str, Tensor],
         best_tensors: Mapping[str, Tensor],
+        beside: Mapping[str, Tensor],
     ) -> None:
         """Write a checkpoint, then drop what no kept checkpoint needs.
 
@@ -88,7 +108,11 @@ class Store:
         """
         write_tensors(
             self.checkpoints / f"round-{plain['round']:08d}",
-            {GLOBAL: to_torch(tensors), BEST: to_torch(best_tensors)},
+            {
+                GLOBAL: to_torch(tensors),
+                BEST: to_torch(best_tensors),
+                **({BESIDE: to_torch(beside)} if beside else {}),
+            },
             state={
                 "server": plain,
                 "clients": {str(client): self._newest[client] for client in sorted(self._newest)},
@@ -127,6 +151,7 @@ class Store:
                 plain=data["state"]["server"],
                 tensors=to_numpy(load_file(path / GLOBAL)),
                 best_tensors=to_numpy(load_file(path / BEST)),
+                beside=to_numpy(load_file(path / BESIDE)) if (path / BESIDE).exists() else {},
             )
         if problem is not None:
             raise CheckpointError(
@@ -145,18 +170,24 @@ class Store:
             state=state.sharing.to_dict(),
             identity={"client": client, **self.identity},
         )
-        self._newest[client] = round
+        self.note_client(client, round=round)
 
     def note_client(self, client: int, *, round: int) -> None:
         """Take note of a state that the client itself has written."""
         self._newest[client] = round
+        if self._written is not None:
+            self._written.add(client)
+
+    def known_clients(self) -> list[int]:
+        """The clients that keep a state, ascending."""
+        return sorted(self._newest)
 
     def newest_round(self, client: int) -> int | None:
         """The round of a client's newest state; None: it never took part."""
         return self._newest.get(client)
 
     def load_client(self, client: int, *, round: int | None = None) -> ClientState:
-        """What a client keeps; a client that never took part keeps nothing.
+        """What a client keeps; one that never took part keeps nothing, or what it begins with.
 
         Args:
             client: Its number.
@@ -167,13 +198,22 @@ class Store:
         """
         number = self._newest.get(client) if round is None else round
         if number is None:
-            return ClientState()
-        path = self._folder(client) / f"round-{number:08d}"
-        data = verify(path)
-        return ClientState(
-            sharing=SharingState.from_dict(data["state"]),
-            personal=to_numpy(load_file(path / PERSONAL)),
-        )
+            begins = None if self.start is None else self.start / client_name(client)
+            if begins is None or not begins.exists():
+                return ClientState()
+            self._check_export(client, begins)
+            return _read_state(begins)
+        return _read_state(self._folder(client) / f"round-{number:08d}")
+
+    def rounds_of(self, client: int) -> list[int]:
+        """The rounds of which a client's states are on disk, ascending."""
+        return [int(path.name.removeprefix("round-")) for path in _rounds(self._folder(client))]
+
+    def drop_states(self, client: int, *, keep: Collection[int]) -> None:
+        """Remove a client's states of other rounds than these."""
+        for path in _rounds(self._folder(client)):
+            if int(path.name.removeprefix("round-")) not in keep:
+                shutil.rmtree(path)
 
     def export_client(self, client: int, target: Path) -> None:
         """Copy what a client keeps into a folder of its own, for another run or another machine.
@@ -186,26 +226,36 @@ class Store:
         source = self._folder(client) / f"round-{self._newest[client]:08d}"
         data = verify(source)
         tensors = load_file(source / PERSONAL)
-        write_tensors(target, {PERSONAL: tensors}, state=data["state"], identity={"client": client})
+        base = data["identity"]["init_from"]
+        write_tensors(
+            target,
+            {PERSONAL: tensors},
+            state=data["state"],
+            identity={"client": client, "init_from": base},
+        )
 
     def import_client(self, client: int, source: Path, *, round: int) -> ClientState:
         """Give a client what :meth:`export_client` wrote, and return it.
 
         Raises:
-            CheckpointError: If the folder is damaged or is another client's.
+            CheckpointError: If the folder is damaged, another client's, or for another base model.
         """
-        data = verify(source)
-        if data["identity"] != {"client": client}:
-            raise CheckpointError(
-                f"{source}: holds the layers of client {data['identity'].get('client')}, not of "
-                f"{client}"
-            )
-        state = ClientState(
-            sharing=SharingState.from_dict(data["state"]),
-            personal=to_numpy(load_file(source / PERSONAL)),
-        )
+        self._check_export(client, source)
+        state = _read_state(source)
         self.save_client(client, state, round=round)
         return state
+
+    def _check_export(self, client: int, source: Path) -> None:
+        identity = verify(source)["identity"]
+        if identity.get("client") != client:
+            raise CheckpointError(
+                f"{source}: holds the layers of client {identity.get('client')}, not of {client}"
+            )
+        if identity.get("init_from") != self.identity["init_from"]:
+            raise CheckpointError(
+                f"{source}: holds layers for another base model than this run's; export them "
+                "again from a run with the same init_from"
+            )
 
     def forget_client(self, client: int) -> None:
         """Name a client no more: the next checkpoint that is saved is without it."""
@@ -223,18 +273,36 @@ class Store:
         return self._folder(client).exists()
 
     def _folder(self, client: int) -> Path:
-        return self.clients / f"client-{client:08d}"
+        return self.clients / client_name(client)
 
     def _drop_unneeded(self) -> None:
-        """Remove client states that no kept checkpoint names."""
-        needed: set[Path] = set()
-        for path in _rounds(self.checkpoints):
-            for client, round in read_json(path / STATE)["state"]["clients"].items():
-                needed.add(self._folder(int(client)) / f"round-{round:08d}")
-        for client in self._newest:
+        """Remove client states that no kept checkpoint names.
+
+        Only clients that wrote since the checkpoints that are kept can have any: those of a run
+        that goes on are all looked at once.
+        """
+        kept = [read_json(path / STATE)["state"]["clients"] for path in _rounds(self.checkpoints)]
+        written = set(self._newest) if self._written is None else self._written
+        moving = {c for c in written if len({own.get(str(c)) for own in kept}) > 1}
+        for client in written:
+            needed = {own[str(client)] for own in kept if str(client) in own}
             for path in _rounds(self._folder(client)):
-                if path not in needed:
+                if int(path.name.removeprefix("round-")) not in needed:
                     shutil.rmtree(path)
+        self._written = moving
+
+
+def client_name(client: int) -> str:
+    """The name of a client's folder, here and in an export."""
+    return f"client-{client:08d}"
+
+
+def _read_state(path: Path) -> ClientState:
+    data = verify(path)
+    return ClientState(
+        sharing=SharingState.from_dict(data["state"]),
+        personal=to_numpy(load_file(path / PERSONAL)),
+    )
 
 
 def _rounds(folder: Path) -> list[Path]:

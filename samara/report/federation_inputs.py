@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from samara.report.run_files import (
     Record,
@@ -35,11 +35,14 @@ class FederatedClient(Record):
 
 
 class FederatedClients(Record):
-    """All clients; of each kind of score the mean and the worst decile."""
+    """All clients; of each kind of score the mean and the worst decile.
+
+    Of a run that promises privacy nothing but their number is known.
+    """
 
     number: PositiveInt
-    personal: dict[str, float]
-    each: tuple[FederatedClient, ...]
+    personal: dict[str, float] = Field(default_factory=dict)
+    each: tuple[FederatedClient, ...] = ()
 
 
 class FederatedTest(Record):
@@ -81,7 +84,10 @@ class FederatedResults(Record):
     clients: FederatedClients
     trained_parameters: PositiveInt
     modelled: FederatedModelled
-    measured: FederatedMeasured
+    measured: FederatedMeasured | None = None
+    """None where it would tell which clients took part."""
+    privacy: dict[str, Any] = Field(default_factory=dict)
+    """What is promised."""
 
 
 class SharedLayers(Record):
@@ -137,7 +143,7 @@ class Federation:
     def metric(self) -> Literal["accuracy", "loss"]:
         """What its scores are."""
         assert self.results is not None
-        return "accuracy" if "accuracy_mean" in self.results.clients.personal else "loss"
+        return "loss" if self.results.test.best.accuracy is None else "accuracy"
 
 
 def read_federations(folders: Mapping[str, str]) -> tuple[Federation, ...]:

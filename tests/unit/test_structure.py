@@ -33,11 +33,13 @@ LAYERS: list[set[str]] = [
         "designs",
         "audit_command",
         "delta_commands",
+        "deployment_commands",
         "model_commands",
+        "personal_commands",
         "registry_commands",
     },
     {"analyze_command"},
-    {"cli"},
+    {"cli", "deployment"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

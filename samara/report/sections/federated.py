@@ -8,7 +8,12 @@ from statistics import fmean
 
 from samara.report import humanize
 from samara.report.charts import Chart, Series, client_row, line_chart, ruler, strip
-from samara.report.federation_inputs import FederatedResults, Federation, RoundEnd
+from samara.report.federation_inputs import (
+    FederatedMeasured,
+    FederatedResults,
+    Federation,
+    RoundEnd,
+)
 from samara.report.inputs import Inputs
 from samara.report.markup import Html, element, joined, paragraph, together
 from samara.report.scales import Axis, Place, axis_around
@@ -81,13 +86,19 @@ def _task(name: str, runs: Sequence[Federation]) -> Html:
         *_curves(runs),
         *(_choices(run) for run in runs),
         *(_kept(run) for run in runs),
-        _clients(runs),
+        _clients([run for run in runs if _results(run).clients.each]),
+        _promises(runs),
     )
 
 
 def _results(run: Federation) -> FederatedResults:
     assert run.results is not None
     return run.results
+
+
+def _measured(run: Federation, value: Callable[[FederatedMeasured], float | None]) -> float | None:
+    measured = _results(run).measured
+    return None if measured is None else value(measured)
 
 
 def _named(run: Federation) -> Html:
@@ -139,13 +150,13 @@ def _table(runs: Sequence[Federation]) -> Html:
         Figure(
             title=f"clients' {metric}, own models",
             origin="measured, mean",
-            value=lambda r: _results(r).clients.personal[f"{metric}_mean"],
+            value=lambda r: _results(r).clients.personal.get(f"{metric}_mean"),
             text=shown,
         ),
         Figure(
             title="worst decile of them",
             origin="measured, mean",
-            value=lambda r: _results(r).clients.personal[f"{metric}_worst_decile"],
+            value=lambda r: _results(r).clients.personal.get(f"{metric}_worst_decile"),
             text=shown,
         ),
     )
@@ -183,7 +194,7 @@ def _table(runs: Sequence[Federation]) -> Html:
         Figure(
             title="sent and received",
             origin="counted",
-            value=lambda r: _results(r).measured.bytes_down + _results(r).measured.bytes_up,
+            value=lambda r: _measured(r, lambda own: own.bytes_down + own.bytes_up),
             text=humanize.size,
         ),
         Figure(
@@ -195,7 +206,8 @@ def _table(runs: Sequence[Federation]) -> Html:
         Figure(
             title="processor time here",
             origin="measured",
-            value=lambda r: _results(r).measured.cpu_seconds,
+            # 0 where privacy rules out that clients say it.
+            value=lambda r: _measured(r, lambda own: own.cpu_seconds or None),
             text=humanize.seconds,
         ),
     )
@@ -365,8 +377,10 @@ def _strips(rows: Sequence[tuple[str, Html, str]], description: str) -> Html:
 # --- clients --------------------------------------------------------------------------------------
 
 
-def _clients(runs: Sequence[Federation]) -> Html:
+def _clients(runs: Sequence[Federation]) -> Html | None:
     """The score of every client, by run, with the mean and the worst decile."""
+    if not runs:
+        return None
     metric = runs[0].metric
     values = {
         run.name: [float(getattr(one.personal, metric)) for one in _results(run).clients.each]
@@ -415,3 +429,33 @@ def _clients(runs: Sequence[Federation]) -> Html:
         ),
         table,
     )
+
+
+# --- privacy --------------------------------------------------------------------------------------
+
+
+def _promises(runs: Sequence[Federation]) -> Html | None:
+    """What is kept from whom, and what of the budgets is spent."""
+    said = [_promise(run) for run in runs if _results(run).privacy]
+    return together(element("h3", "Privacy"), *said) if said else None
+
+
+def _promise(run: Federation) -> Html:
+    privacy = _results(run).privacy
+    parts = []
+    if (own := privacy.get("client")) is not None:
+        parts.append(
+            f"any one client barely matters to what is released: epsilon "
+            f"{humanize.fixed(own['epsilon'], 2)} of {own['budget']:g} is spent, at delta "
+            f"{own['delta']:g}; costs are expectations over who may be drawn"
+        )
+    if (own := privacy.get("records")) is not None:
+        parts.append(
+            f"any one row barely matters to what its client sends: a budget of epsilon "
+            f"{own['budget']:g} at delta {own['delta']:g} for each client"
+        )
+    if "secure_sum" in privacy:
+        parts.append("the server learns the sum over clients alone")
+    if privacy.get("randomness") == "reproducible":
+        parts.append("the noise is reproducible, so nothing is protected here")
+    return paragraph(_named(run), ": ", "; ".join(parts), ". No client is scored.")

@@ -21,6 +21,7 @@ from samara.model.configuration import SamaraConfig
 from samara.model.loading import save_model
 from samara.model.modeling import SamaraForCausalLM
 from samara.runs import RunFolder
+from samara.sparse.support import Support
 
 WORDS = "the a film book was good bad great awful fine dull very quite not and".split()
 VOCABULARY = {w: i for i, w in enumerate(["<pad>", "<s>", "</s>", "<unk>", ".", *WORDS])}
@@ -162,6 +163,11 @@ def _outcome(path: Path) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     for file in sorted(path.rglob("*.safetensors")):
+        if file.name == "delta.safetensors":  # says when it was made
+            continue
+        if file.name == "support.safetensors":  # the order of its header is none in particular
+            found[file.name] = Support.load(file).support_id
+            continue
         found[str(file.relative_to(path))] = file.read_bytes()
     newest = sorted((path / "checkpoints").iterdir())[-1]
     found["state"] = clean(json.loads((newest / "state.json").read_text())["state"])

@@ -19,7 +19,8 @@ from samara.train.loop import train
 from samara.train.optim import Optimizer
 
 METHODS = (
-    "droppeft", "static_stld", "fedlora", "fedlora_checkpointing", "frozen_depth", "head_only",
+    "droppeft", "static_stld", "fedavg", "fedlora", "fedlora_checkpointing", "frozen_depth",
+    "head_only",
 )  # fmt: skip
 
 
@@ -67,14 +68,17 @@ def test_causal_models_are_tuned_on_the_text_of_natural_users(
     assert result["test"]["best"]["accuracy"] is None
 
 
+@pytest.mark.parametrize("payload", ["lora", "sparse", "full"])
 def test_a_federation_of_one_client_is_training_on_one_machine(
-    bases, rows, tmp_path, settings, finished, folder_of
+    bases, rows, tmp_path, payload, settings, finished, folder_of
 ):
     """Each round an optimizer that starts afresh, on the client's rows in their order."""
     config = settings(
         bases["samara"],
         rows,
-        method="fedlora",
+        method="fedavg",
+        payload=payload,
+        selection={"density": 0.05, "num_samples": 4},
         lora__dropout=0.0,
         clients__number=1,
         clients__per_round=1,
@@ -91,7 +95,9 @@ def test_a_federation_of_one_client_is_training_on_one_machine(
         train(
             trainer.model,
             objective=trainer.objective,
-            optimizer=Optimizer(trainer.model, local.optimizer),
+            optimizer=trainer.payload.optimizer()
+            if payload == "sparse"
+            else Optimizer(trainer.model, local.optimizer),
             learning_rate=lambda _: 0.01,
             batches=training_batches(
                 own,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from samara.errors import CheckpointError
+from samara.errors import CheckpointError, ConfigError
 from samara.federated.federate import federate
 from samara.federated.job import Job
 from samara.federated.messages import ClientState, Instruction
@@ -92,3 +92,70 @@ def test_what_a_client_keeps_is_exported_imported_and_removed(
         import_personal(run, 99, tmp_path / "out")
     with pytest.raises(CheckpointError, match="has no checkpoint of a federation"):
         export_personal(tmp_path / "out", client, tmp_path / "out3")
+
+
+def test_own_layers_are_listed_and_go_on_in_another_run(
+    bases, rows, samara, tmp_path, settings, folder_of, finished
+):
+    config = settings(bases["samara"], rows, sharing__direction="none")
+    federate(config, folder_of(tmp_path / "run"))
+    listed = json.loads(samara("personal", "list", "run", "--json").stdout)
+    reported = json.loads((tmp_path / "run/sharing.json").read_text())["clients"]
+    assert {str(own["client"]): own["hash"] for own in listed} == {
+        client: entry["hash"] for client, entry in reported.items()
+    }
+    assert all(own["layers"] == [0, 1, 2, 3] and own["as_reported"] for own in listed)
+    table = samara("personal", "list", "run").stdout.splitlines()
+    assert len(table) == 1 + len(listed)
+    assert samara("personal", "export", "run", "own").returncode == 0
+    clients = [own["client"] for own in listed]
+
+    begun = config.clients.model_copy(update={"personal_from": str(tmp_path / "own")})
+    job = Job(config.model_copy(update={"clients": begun}), folder_of(tmp_path / "next"))
+    for client in range(6):
+        state = job.store.load_client(client)
+        assert bool(state.personal) == (client in clients)
+    result = finished(job.config.model_copy(update={"server": config.server}), tmp_path / "next")
+    kept = {own["client"] for own in result["clients"]["each"] if own["personal_layers"]}
+    assert kept >= set(clients)
+
+    one = str(clients[0])
+    assert samara("personal", "reset", "run", "--client", one).returncode == 0
+    left = json.loads(samara("personal", "list", "run", "--json").stdout)
+    assert [own["client"] for own in left] == clients[1:]
+    assert samara("personal", "import", "run", "own", "--client", one).returncode == 0
+    again = json.loads(samara("personal", "list", "run", "--json").stdout)
+    assert [own["hash"] for own in again] == [own["hash"] for own in listed]
+    assert all(own["as_reported"] for own in again)
+
+
+def test_own_layers_of_something_else_are_refused(
+    bases, rows, samara, tmp_path, settings, folder_of
+):
+    config = settings(bases["samara"], rows, sharing__direction="none")
+    federate(config, folder_of(tmp_path / "run"))
+    assert samara("personal", "export", "run", "own").returncode == 0
+    refused = {
+        ("personal", "reset", "run"): "give --client NUMBER, or --all",
+        ("personal", "import", "run", "run"): "holds nothing that `samara personal export` wrote",
+        ("personal", "list", "own"): "has no checkpoint of a federation",
+        ("personal", "export", "run", "x", "--client", "99"): "nothing to export",
+    }
+    for command, message in refused.items():
+        done = samara(*command)
+        assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+
+    def begins(folder: str, **changes):
+        return settings(
+            changes.pop("base", bases["samara"]),
+            rows,
+            clients__personal_from=str(tmp_path / folder),
+            **changes,
+        )
+
+    with pytest.raises(ConfigError, match=r"no folder .*nowhere; write one with"):
+        Job(begins("nowhere"), folder_of(tmp_path / "a"))
+    with pytest.raises(CheckpointError, match="layers for another base model"):
+        Job(begins("own", base=bases["bert"]), folder_of(tmp_path / "b"))
+    with pytest.raises(CheckpointError, match=r"does not fit this run: .* take it from a run with"):
+        Job(begins("own", lora__rank=3), folder_of(tmp_path / "c"))

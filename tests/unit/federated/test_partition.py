@@ -112,3 +112,27 @@ def test_what_cannot_be_dealt_out_is_refused():
         partition(
             KeyPartition(field="user"), num_rows=4, num_clients=3, seed=0, keys=["a"] * 3 + ["b"]
         )
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=12),
+    number=st.one_of(st.none(), st.integers(1, 6)),
+)
+def test_small_users_are_put_together_and_no_row_is_lost(sizes, number):
+    if sum(sizes) < 8:
+        sizes = [*sizes, 8]
+    keys = [f"user-{user:02d}" for user, size in enumerate(sizes) for _ in range(size)]
+    config = KeyPartition(field="user", min_rows=8, small="merge")
+    if number is not None and number > sum(size >= 8 for size in sizes):
+        number = None
+    parts = partition(config, num_rows=len(keys), num_clients=number, seed=0, keys=keys)
+    assert sorted(row for part in parts for row in part) == list(range(len(keys)))
+    assert all(len(part) >= 8 for part in parts)
+    assert number is None or len(parts) == number
+    assert [part[0] for part in parts] == sorted(part[0] for part in parts)
+    owners = [{keys[row] for row in part} for part in parts]
+    assert sum(map(len, owners)) == len(sizes)  # no user is split
+    if number is None:  # whoever has enough stays alone
+        alone = [own for own in owners if len(own) == 1]
+        assert len(alone) >= sum(size >= 8 for size in sizes) - 1

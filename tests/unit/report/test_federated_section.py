@@ -126,6 +126,29 @@ def test_where_nothing_is_chosen_or_kept_nothing_is_drawn(tmp_path):
     assert "keep for themselves" not in html
 
 
+def test_of_a_run_that_promises_privacy_what_is_not_known_is_left_out(tmp_path):
+    runs = {"open": write_run(tmp_path / "a"), "private": write_run(tmp_path / "b")}
+    path = tmp_path / "b/results.json"
+    results = json.loads(path.read_text())
+    del results["measured"]
+    results["clients"] = {"number": 3}
+    spent = {"epsilon": 3.254, "budget": 8.0, "delta": 0.001}
+    records = {"budget": 4.0, "delta": 0.01}
+    results["privacy"] = {"randomness": "reproducible", "client": spent, "records": records}
+    results["privacy"]["secure_sum"] = {"threshold": 0.67}
+    path.write_text(json.dumps(results))
+    html = section(tmp_path, runs)
+    assert html.count(">3.00\u202fMB<") == 1  # of the open one
+    assert "worst decile 70\u202f%" in html
+    assert "epsilon 3.25 of 8 is spent, at delta 0.001" in html
+    assert "a budget of epsilon 4 at delta 0.01 for each client" in html
+    assert "the server learns the sum over clients alone" in html
+    assert "nothing is protected here" in html
+    alone = section(tmp_path, {"private": runs["private"]})
+    assert "of each client (measured)" not in alone
+    assert "Privacy" not in section(tmp_path, {"open": runs["open"]})
+
+
 def test_what_has_not_finished_is_said_and_a_damaged_file_is_named(tmp_path):
     runs = {"late": write_run(tmp_path / "a", finished=False)}
     assert "late has no results yet (unfinished)." in section(tmp_path, runs)
