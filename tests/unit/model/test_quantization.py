@@ -172,7 +172,7 @@ def test_the_step_is_captured_whole_and_computes_the_same():
     quantize_int8(model)
     ids = torch.tensor([[5]])
     with torch.no_grad():
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(
+        captured = torch.compile(model, fullgraph=True, backend="aot_eager")(
             input_ids=ids, use_cache=False
         ).logits
         plain = model(input_ids=ids, use_cache=False).logits
