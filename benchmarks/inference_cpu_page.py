@@ -29,12 +29,12 @@ def section(files: Sequence[Data]) -> str:
     return (
         "## Decoding on a CPU\n\n"
         "Batch 1, static cache, random weights. Cases take turns and the fastest round counts.\n"
-        "One thread is timed by the processor's clock, which waiting does not lengthen (the memory\n"
+        "One thread is timed by the processor's clock, which waiting does not lengthen (memory\n"
         "traffic of other work does), several by the wall clock. *int8*: the projections, by way\n"
         "of torchao; the rest is bfloat16. *Layout*: the weights as stored, or rearranged as\n"
         "`samara generate` does. *Slowest round* and the two ratios are times: over the fastest\n"
         "round, of the dense model of equal width and all else equal, and of the same design in\n"
-        "float32, all else equal. *Error*: root mean square difference of the logits from those in\n"
+        "float32, all else equal. *Error*: root mean square difference of the logits from\n"
         "float32, in standard deviations; *agreement*: positions of the prompt with the same\n"
         "likeliest token.\n\n" + blocks(files, _show)
     )
