@@ -29,8 +29,8 @@ from samara.model.cola import LowRankLinear
 Quantization = Literal["none", "int8"]
 
 MAX_KERNEL_ROWS = 8
-"""Up to here the kernel for few rows is the faster one (at 16 both are equal, at 32 it is the slower
-one by a third); a prompt takes an ordinary product."""
+"""Up to here the kernel for few rows is the faster one (at 16 both are equal, at 32 it takes half
+as long again); a prompt takes an ordinary product."""
 
 KERNEL_WIDTH = 16
 """The kernel takes the inputs in whole vectors and does not check it: at another width it reads
