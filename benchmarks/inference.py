@@ -42,6 +42,7 @@ from samara.model.config import ColaConfig, ModelConfig
 from samara.model.configuration import SamaraConfig
 from samara.model.layers import RMSNorm
 from samara.model.modeling import SamaraForCausalLM
+from samara.model.quantization import quantize_int8, weight_bytes
 
 DESIGNS = ("layer-wise", "uniform", "cola", "llama")
 MODES = ("dynamic", "static", "compiled")
@@ -57,12 +58,14 @@ class Size:
     vocab_size: int
     head_dim: int = 64
     ffn_dim_divisor: int = 256
+    ffn_dim: int | None = None
+    """Of the uniform design, with a key-value head per query head; None: chosen."""
 
     def layer_wise(self) -> ModelConfig:
         """OpenELM's rule at this size."""
         return ModelConfig.model_validate(
             {
-                **asdict(self),
+                **self._shared(),
                 "gqa_group_size": 4,
                 "layerwise_scaling": {"alpha": [0.5, 1.0], "beta": [0.5, 4.0]},
             }
@@ -70,6 +73,8 @@ class Size:
 
     def uniform(self) -> ModelConfig:
         """Equal layers, the FFN width chosen for the parameters of the layer-wise design."""
+        if self.ffn_dim is not None:
+            return ModelConfig.model_validate({**self._shared(), "ffn_dim": self.ffn_dim})
         wanted = budget(self.layer_wise().expand()).parameters.total
 
         def distance(design: ModelConfig) -> int:
@@ -79,7 +84,12 @@ class Size:
         return min((self._uniform(width) for width in widths), key=distance)
 
     def _uniform(self, ffn_dim: int) -> ModelConfig:
-        return ModelConfig.model_validate({**asdict(self), "gqa_group_size": 4, "ffn_dim": ffn_dim})
+        return ModelConfig.model_validate(
+            {**self._shared(), "gqa_group_size": 4, "ffn_dim": ffn_dim}
+        )
+
+    def _shared(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if key != "ffn_dim"}
 
 
 SIZES = {
@@ -88,6 +98,13 @@ SIZES = {
     ),
     "small": Size(hidden_size=512, num_hidden_layers=8, vocab_size=8192, ffn_dim_divisor=64),
     "270m": Size(hidden_size=1280, num_hidden_layers=16, vocab_size=32000),
+    # CoLA's shapes (arXiv 2502.10940): a sixth of the layers and of the vocabulary, so that the
+    # head has its share; and the like at smaller widths.
+    "1b/6": Size(hidden_size=2048, num_hidden_layers=4, vocab_size=5344, ffn_dim=5472),
+    "350m/6": Size(hidden_size=1024, num_hidden_layers=4, vocab_size=5344, ffn_dim=2736),
+    "768": Size(hidden_size=768, num_hidden_layers=4, vocab_size=4096, ffn_dim=2048),
+    "384": Size(hidden_size=384, num_hidden_layers=4, vocab_size=2048, ffn_dim=1024),
+    "192": Size(hidden_size=192, num_hidden_layers=4, vocab_size=1024, ffn_dim=512),
 }
 
 
@@ -210,7 +227,7 @@ def measure(model: Any, mode: str, *, batch: int, work: Work) -> dict[str, float
     decode = min(seconds for _, seconds, _ in times)
     cache = times[-1][2]
     return {
-        "weights_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "weights_bytes": weight_bytes(model),
         "cache_bytes": sum(
             x.numel() * x.element_size()
             for layer in cache.layers
@@ -249,12 +266,15 @@ def cases(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         model: Any = make_model(
             size, design, device=device, dtype=getattr(torch, options.precision)
         )
+        num_parameters = model.num_parameters()
+        if options.quantize == "int8":
+            quantize_int8(model)
         for norm in ("transformers",) if design == "llama" else options.norms:
             with norm_kernel(norm):
                 row = {
                     "design": design,
                     "norm": norm,
-                    "parameters": model.num_parameters(),
+                    "parameters": num_parameters,
                     "operators": count_operators(model),
                 }
                 for mode in options.modes:
@@ -294,6 +314,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--threads", type=int, help="of the CPU; left out: as torch chooses")
+    parser.add_argument("--quantize", choices=("none", "int8"), default="none")
     parser.add_argument("--designs", nargs="+", choices=DESIGNS, default=DESIGNS)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--norms", nargs="+", choices=NORMS, default=NORMS)
@@ -318,6 +340,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Print a row per case; write them as JSON if asked to."""
     options = parse(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     record = Record(
         options.json,
         script=__file__,

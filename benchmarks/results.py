@@ -19,6 +19,7 @@ import delta_page
 import federated_page
 import growth_page
 import growth_plot
+import inference_cpu_page
 import sparse_page
 from markdown_parts import (
     Data,
@@ -284,11 +285,17 @@ def federated(files: Sequence[Data]) -> str:
     return federated_page.section(files)
 
 
+def inference_cpu(files: Sequence[Data]) -> str:
+    """Decoding on a CPU: CoLA against dense, number formats, layouts, threads."""
+    return inference_cpu_page.section(files)
+
+
 SECTIONS: dict[str, Callable[[Sequence[Data]], str]] = {
     "flops": flops,
     "memory": memory,
     "layer_dropout": layer_dropout,
     "inference": inference,
+    "inference_cpu": inference_cpu,
     "growth": growth,
     "evaluation": evaluation,
     "delta": delta,

@@ -102,19 +102,40 @@ def generate(
     ] = 0,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
     precision: Annotated[Literal["float32", "bfloat16"], typer.Option()] = "float32",
+    quantize: Annotated[
+        Literal["none", "int8"],
+        typer.Option(help="int8: the projections' weights, on CPU; fast with bfloat16."),
+    ] = "none",
+    threads: Annotated[
+        int, typer.Option(min=0, help="Threads of the CPU; 0: as torch chooses.")
+    ] = 0,
 ) -> None:
     """Print what a model writes, while it writes it.
 
     Example: samara generate runs/quickstart/cola "Return the number of" "Raise an error if"
     """
+    import torch
+
     from samara.measure.generation import GenerationSettings, generate_texts
     from samara.measure.language_model_folder import open_language_model
+    from samara.model.quantization import weight_bytes
+    from samara.model.weight_layout import lay_out_for_decoding
 
     texts = [_standard_input() if prompt == "-" else prompt for prompt in prompts or [""]]
-    saved = open_language_model(model, device=device, precision=precision, batch_size=batch_size)
+    if threads:
+        torch.set_num_threads(threads)
+    saved = open_language_model(
+        model, device=device, precision=precision, batch_size=batch_size, quantize=quantize
+    )
+    lay_out_for_decoding(saved.language_model.model)
+    if quantize != "none":
+        held = weight_bytes(saved.language_model.model)
+        typer.echo(f"weights in memory: {held / 1e6:,.1f} MB ({quantize})", err=True)
     guessing = None
     if draft is not None:
-        guessing = open_language_model(draft, device=device, precision=precision).language_model
+        guessing = open_language_model(
+            draft, device=device, precision=precision, quantize=quantize
+        ).language_model
     settings = GenerationSettings(
         max_new_tokens=max_new_tokens,
         temperature=temperature,

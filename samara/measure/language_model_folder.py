@@ -18,6 +18,7 @@ from samara.model.configuration import SamaraConfig
 from samara.model.heads import Head, head_of
 from samara.model.loading import load_model
 from samara.model.modeling import SamaraPreTrainedModel
+from samara.model.quantization import Quantization, quantize_int8, require_torchao
 from samara.runs import hash_weights, model_folder, read_json
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -39,6 +40,7 @@ def open_language_model(
     device: Device = "auto",
     precision: Precision = "float32",
     batch_size: int = 16,
+    quantize: Quantization = "none",
 ) -> SavedLanguageModel:
     """Open a model folder, or the ``model`` folder of a run.
 
@@ -48,16 +50,22 @@ def open_language_model(
         device: ``auto``: CUDA if there is one.
         precision: Of the weights in memory; log-probabilities are taken in float32 at least.
         batch_size: Rows at a time.
+        quantize: ``int8``: the projections in memory, for decoding on CPU; the folder stays.
 
     Raises:
         CheckpointError: If the folder holds no complete model with its tokenizer.
-        ConfigError: If ``cuda`` is asked for and there is none.
+        ConfigError: If ``cuda`` is asked for and there is none, or int8 off the CPU.
+        ResourceError: If int8 is asked for and torchao is not installed.
     """
     folder = model_folder(path)
     where = select_device(device)
+    if quantize == "int8":
+        require_torchao()  # before a large model is read
     with quiet_transformers():
         tokenizer = load_tokenizer(folder)
         model = load_causal_model(folder, dtype=getattr(torch, precision)).to(where)
+    if quantize == "int8":
+        quantize_int8(model)
     return SavedLanguageModel(
         language_model=LanguageModel(model, tokenizer, batch_size=batch_size),
         folder=folder,

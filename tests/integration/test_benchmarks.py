@@ -37,6 +37,25 @@ def test_the_smoke_run_measures_every_design(inference, tmp_path, capsys):
         assert row["cache_bytes"] > 0
 
 
+def test_the_smoke_run_on_cpu_measures_every_format_and_layout(benchmark, tmp_path, capsys):
+    pytest.importorskip("torchao")
+    before = torch.get_num_threads()
+    benchmark("inference_cpu").main(["--smoke", "--json", str(tmp_path / "out.json")])
+    written = json.loads((tmp_path / "out.json").read_text())
+    # three designs in two layouts of two formats, and int8
+    assert len(written["rows"]) == len(capsys.readouterr().out.splitlines()) - 1 == 3 * 5
+    assert written["complete"] is True
+    assert torch.get_num_threads() == before
+    for row in written["rows"]:
+        assert row["decode_seconds_per_token"] > 0
+        assert row["slowest_round"] >= 1
+        assert (row["error"] < 1e-5) == (row["format"] == "float32")
+    bytes_of = {(row["design"], row["format"]): row["weights_bytes"] for row in written["rows"]}
+    for design in ("uniform", "cola", "layer-wise"):
+        assert bytes_of[design, "int8"] < bytes_of[design, "bfloat16"]
+        assert bytes_of[design, "bfloat16"] < bytes_of[design, "float32"]
+
+
 def test_the_uniform_design_has_the_parameters_of_the_layer_wise_one(inference):
     sizes = {}
     for design in ("layer-wise", "uniform", "llama"):

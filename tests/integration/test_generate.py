@@ -14,6 +14,7 @@ from samara.model.config import ModelConfig
 from samara.model.configuration import SamaraConfig
 from samara.model.loading import save_model
 from samara.model.modeling import SamaraForCausalLM
+from samara.runs import hash_weights
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,38 @@ def test_generate_guesses_ahead_and_writes_the_same(samara, written_model):
         done = samara("generate", folder, "The elm", "A seed", *guesses)
         assert done.returncode == 0, done.stderr
         assert done.stdout == plain
+
+
+def test_generate_takes_threads(samara, written_model):
+    before = torch.get_num_threads()
+    try:
+        done = samara("generate", str(written_model), "The elm", "--threads", "1")
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    assert done.stdout == samara("generate", str(written_model), "The elm").stdout
+
+
+def test_generate_in_int8_tells_the_memory_and_leaves_the_folder(samara, written_model):
+    pytest.importorskip("torchao")
+    before = hash_weights(written_model)
+    arguments = ("generate", str(written_model), "The elm", "--device", "cpu", "--cache", "static")
+    for precision in ("float32", "bfloat16"):
+        done = samara(*arguments, "--quantize", "int8", "--precision", precision)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("The elm")
+        assert done.stderr == "weights in memory: 0.1 MB (int8)\n"
+    assert hash_weights(written_model) == before
+
+
+def test_generate_in_int8_without_torchao_is_refused_in_one_line(
+    samara, written_model, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    done = samara("generate", str(written_model), "elm", "--quantize", "int8")
+    assert done.returncode == 2
+    assert done.stderr.startswith("samara: quantize: int8 needs the package torchao; install")
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_generate_reads_the_prompt_from_standard_input(samara, written_model, monkeypatch):
