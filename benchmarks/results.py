@@ -19,6 +19,7 @@ import delta_page
 import federated_page
 import growth_page
 import growth_plot
+import scaling_page
 import sparse_page
 from markdown_parts import (
     Data,
@@ -284,10 +285,16 @@ def federated(files: Sequence[Data]) -> str:
     return federated_page.section(files)
 
 
+def scaling(files: Sequence[Data]) -> str:
+    """What several processes send, and how fast they are."""
+    return scaling_page.section(files)
+
+
 SECTIONS: dict[str, Callable[[Sequence[Data]], str]] = {
     "flops": flops,
     "memory": memory,
     "layer_dropout": layer_dropout,
+    "scaling": scaling,
     "inference": inference,
     "growth": growth,
     "evaluation": evaluation,

@@ -92,9 +92,12 @@ def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     gathered: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        full = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor
+        full = tensor
+        if isinstance(tensor, DTensor):
+            full = tensor.full_tensor().detach()
+            full = full.cpu() if is_first() else full
         if is_first():
-            gathered[name] = full.cpu() if isinstance(tensor, DTensor) else full
+            gathered[name] = full
     return gathered
 
 

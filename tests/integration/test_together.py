@@ -46,7 +46,8 @@ DESIGNS: dict[str, list[str]] = {
         "pretrain.training.activation_checkpointing=cola_m",
         "pretrain.checkpoint.average_last=2",
     ],
-    "muon": ["pretrain.optimizer.kind=muon", "pretrain.optimizer.lr=0.002"],
+    # A small rate: its iteration in bfloat16 makes much of the last bit of a gradient.
+    "muon": ["pretrain.optimizer.kind=muon", "pretrain.optimizer.lr=0.0005"],
 }
 TOGETHER = (("dense", "ddp"), ("cola", "fsdp"), ("dense", "fsdp"), ("cola", "ddp"), ("muon", "ddp"))
 """Designs, and how two processes share them."""
@@ -120,9 +121,10 @@ def runs(
     """All runs, done once."""
     if not kept:
         settings = pretrain_settings(
-            training__max_steps=8,
+            training__max_steps=6,
             training__micro_batch_size=2,
-            training__evaluate_every_steps=4,
+            training__evaluate_every_steps=3,
+            checkpoint__every_steps=3,
             logging__every_steps=1,
         )
         made = kept["runs"] = Runs(tmp_path_factory.mktemp("together"), settings)
@@ -144,14 +146,14 @@ def runs(
             ),
             made.job("uneven", "pretrain.training.batch_size=6"),
             made.job("dropping", "pretrain.training.layer_dropout.rate=0.5"),
-            made.job("killed", at_step=(6, 1, "kill")),
+            made.job("killed", at_step=(5, 1, "kill")),
         ]
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("OMP_NUM_THREADS", "1")
             made.together(jobs)
         killed = RunFolder(made.root / "killed")
         made.failed = killed.status()["state"]
-        made.verified = verify(killed.path / "checkpoints" / "step-00000004")["state"]["step"]
+        made.verified = verify(killed.path / "checkpoints" / "step-00000003")["state"]["step"]
     return kept["runs"]
 
 
@@ -162,8 +164,8 @@ def losses(run: RunFolder, *names: str) -> list[float]:
 
 
 def left_off(run: RunFolder) -> None:
-    """Leave a finished run as if it had been killed after its checkpoint at step 4."""
-    shutil.rmtree(run.path / "checkpoints" / "step-00000008")
+    """Leave a finished run as if it had been killed after its checkpoint at step 3."""
+    shutil.rmtree(run.path / "checkpoints" / "step-00000006")
     shutil.rmtree(run.path / "model")
     run.set_status("running", fingerprint=run.status()["fingerprint"])
 
@@ -173,11 +175,9 @@ def test_two_processes_train_as_one(runs: Runs, design: str, parallel: str) -> N
     name = f"{design}-{parallel}"
     assert [said.get(name) for said in runs.said] == ["done", "done"], runs.errors
     one, two = runs.alone(design, *DESIGNS[design]), RunFolder(runs.root / name)
-    assert len(losses(two)) == 8 + 2
+    assert len(losses(two)) == 6 + 2
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)
-    # Muon's iteration in bfloat16 makes more of the last bit than an update of AdamW does.
-    tolerance = 1e-3 if design == "muon" else 1e-5
-    assert losses(two, "grad_norm") == pytest.approx(losses(one, "grad_norm"), abs=tolerance)
+    assert losses(two, "grad_norm") == pytest.approx(losses(one, "grad_norm"), rel=1e-4)
     first, second = (read_json(run.path / "summary.json") for run in (one, two))
     assert second["validation_loss"] == pytest.approx(first["validation_loss"], abs=1e-5)
     assert (second["tokens"], second["flops"]) == (first["tokens"], first["flops"])
@@ -224,13 +224,13 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(runs: Runs, name
 def test_a_killed_process_ends_the_run_with_a_line_and_a_whole_checkpoint(runs: Runs) -> None:
     said = runs.said[0]["killed"]
     assert re.fullmatch(
-        r"ResourceError: step 6: another of the 2 processes has ended; the last checkpoint is "
-        r".*step-00000004; run the same command to go on from the last checkpoint",
+        r"ResourceError: step [56]: another of the 2 processes has ended; the last checkpoint is "
+        r".*step-00000003; run the same command to go on from the last checkpoint",
         said,
     )
     assert "killed" not in runs.said[1]
     assert runs.failed == "failed"
-    assert runs.verified == 4
+    assert runs.verified == 3
 
 
 @pytest.mark.parametrize(
@@ -249,14 +249,14 @@ def test_what_processes_cannot_do_is_said_in_one_line(runs: Runs, name: str, mes
 
 def test_a_setting_for_several_processes_needs_torchrun(pretrain_settings: Settings) -> None:
     with (
-        pytest.raises(ConfigError, match=r"training.parallel: ddp is for .* torchrun --nproc"),
+        pytest.raises(ConfigError, match=r"training.parallel: ddp is for .*`torchrun --nproc"),
         join_processes("cpu", "ddp"),
     ):
         pass
     settings = pretrain_settings(training__parallel="fsdp", training__layer_dropout={"rate": 0.5})
     with pytest.raises(ConfigError, match="parallel: fsdp goes without layer_dropout"):
         validate(PretrainConfig, settings)
-    with pytest.raises(ConfigError, match="training.parallel: ddp is for pretrain and instruct"):
+    with pytest.raises(ConfigError, match=r"parallel: ddp is for pretrain and instruct"):
         training_place(TrainingConfig(max_steps=1, batch_size=1, parallel="ddp"))
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed
 
 from samara.errors import SamaraError, Stopped
 from samara.lifecycle import run_recipe
@@ -49,6 +50,8 @@ def work_off(job: dict[str, Any]) -> str:
         return f"{type(error).__name__}: {error}"
     finally:
         Optimizer.step = real  # type: ignore[method-assign]
+        if distributed.is_initialized():  # after an error a process of its own would end
+            distributed.destroy_process_group()
     return "done"
 
 
@@ -56,7 +59,8 @@ def main(path: str, rank: str, world_size: str) -> None:
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world_size, MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
     for job in json.loads(Path(path).read_text()):
-        print(f"{job['name']}: {work_off(job)}", flush=True)
+        sys.stdout.write(f"{job['name']}: {work_off(job)}\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
