@@ -65,6 +65,10 @@ ARMS: dict[str, Arm] = {
     "head only": Arm(
         role="baseline", settings={"method": "head_only"}, clock="head_only", needs_head=True
     ),
+    "FedAdapter": arm("baseline", "fedadapter", None),
+    "HetLoRA": arm("baseline", "hetlora", None),
+    "full weights": arm("baseline", "fedavg", None, payload="full"),
+    "sparse updates": arm("baseline", "fedavg", None, payload="sparse"),
     "fixed rate 0.25": fixed(0.25),
     "fixed rate 0.5": fixed(0.5),
     "fixed rate 0.75": fixed(0.75),
@@ -80,6 +84,7 @@ ARMS: dict[str, Arm] = {
         layer_dropout={"scale": "inverse_keep"},
         configurator={"rates": [0.25, 0.5, 0.7]},
     ),
+    "DropPEFT, sparse updates": arm("lever", "droppeft", None, payload="sparse"),
     "DropPEFT, more layers shared": arm("lever", "droppeft", sharing={"max_personal_layers": 2}),
 }
 """Every method in one harness. The configurator's ablation is a fixed rate against DropPEFT with

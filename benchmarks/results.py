@@ -20,6 +20,7 @@ import federated_page
 import growth_page
 import growth_plot
 import inference_cpu_page
+import scaling_page
 import sparse_page
 from markdown_parts import (
     Data,
@@ -290,10 +291,16 @@ def inference_cpu(files: Sequence[Data]) -> str:
     return inference_cpu_page.section(files)
 
 
+def scaling(files: Sequence[Data]) -> str:
+    """What several processes send, and how fast they are."""
+    return scaling_page.section(files)
+
+
 SECTIONS: dict[str, Callable[[Sequence[Data]], str]] = {
     "flops": flops,
     "memory": memory,
     "layer_dropout": layer_dropout,
+    "scaling": scaling,
     "inference": inference,
     "inference_cpu": inference_cpu,
     "growth": growth,

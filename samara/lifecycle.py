@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,10 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from samara.config import load_yaml
-from samara.errors import Stopped
+from samara.errors import ConfigError, Stopped
+from samara.launch import Launch, launch
 from samara.progress import duration
 from samara.recipe import VERBS, Recipe, Stage, plain
 from samara.runs import RunFolder, differences, write_bytes
+
+TOGETHER = ("pretrain", "instruct")
+"""The verbs that several processes can work off together."""
 
 Say = Callable[[str], None]
 Action = Literal["skip", "resume", "run", "redo"]
@@ -96,10 +101,19 @@ def run_recipe(recipe: Recipe, out: Path, *, say: Say, only: str | None = None) 
         say: Called with each line for the user.
         only: Name of the one stage to work off; its inputs must be finished.
 
+    Processes that ``torchrun`` started work off one verb together; the first has the run folder.
+
     Raises:
+        ConfigError: If several were started, and the recipe is for one.
         SamaraError: If a stage fails on something the user can mend; its status says so.
         Stopped: If a signal stopped it; running it again goes on.
     """
+    started = launch()
+    if started is not None and started.world_size > 1:
+        _check_together(recipe, started)
+        if started.rank > 0:
+            _follow(recipe, out)
+            return
     if not recipe.is_lifecycle:
         _run_single(recipe, out, say)
         return
@@ -110,6 +124,30 @@ def run_recipe(recipe: Recipe, out: Path, *, say: Say, only: str | None = None) 
             if only is not None and item.stage.name != only:
                 continue
             _run_stage(recipe, item, out, say)
+
+
+def _check_together(recipe: Recipe, started: Launch) -> None:
+    if recipe.is_lifecycle:
+        raise ConfigError(
+            f"{recipe.name}: has stages, which one process works off, and {started.world_size} "
+            "were started; start one, or give torchrun a recipe of pretrain or instruct alone"
+        )
+    verb = recipe.stages[0].verb
+    if verb not in TOGETHER:
+        raise ConfigError(
+            f"{verb}: runs in one process, and {started.world_size} were started; start one"
+        )
+
+
+def _follow(recipe: Recipe, out: Path) -> None:
+    """Do the work of a process other than the first, whose files nobody needs."""
+    (item,) = plan(recipe, out)
+    if item.action == "skip":
+        return
+    with tempfile.TemporaryDirectory(prefix="samara-process-") as scratch:
+        run = RunFolder(Path(scratch) / (out.name or "run"))
+        run.path.mkdir()
+        VERBS[item.stage.verb].load()(item.stage.config({}), run)
 
 
 def _write_top_recipe(top: RunFolder, recipe: Recipe) -> None:

@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
@@ -100,6 +100,8 @@ def evaluate_loss(
     precision: Precision,
     max_tokens: int | None = None,
     on_progress: Callable[[int], None] = lambda _: None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> LossResult:
     """Score a model on the rows of a split.
 
@@ -114,6 +116,9 @@ def evaluate_loss(
         precision: ``bfloat16``: autocast; softmax and sums keep full precision.
         max_tokens: Use the first rows only, :func:`rows_within` this many tokens.
         on_progress: Called with the number of rows done.
+        rank: This process among those of ``torch.distributed`` that share the rows; all of them
+            call this, and get the same result.
+        world_size: How many share them.
     """
     num_rows = rows_within(dataset, max_tokens)
     packed = dataset if isinstance(dataset, PackedSequences) else None
@@ -123,18 +128,24 @@ def evaluate_loss(
     training = model.training
     model.train(False)
     try:
-        for start in range(0, num_rows, batch_size):
+        for first in range(0, num_rows, batch_size * world_size):
+            own = first + rank * batch_size
+            # Past the end, the first batch again, uncounted: a sharded model needs all to run it.
+            start = own if own < num_rows else 0
             stop = min(start + batch_size, num_rows)
             batch = dataset.batch(range(start, stop))
             nll_bt = _batch_nll(model, batch, device, precision)
-            counted_bt = batch["targets"] != IGNORE_INDEX
+            counted_bt = (batch["targets"] != IGNORE_INDEX) & (start == own)
             rows_bt = torch.arange(start, stop)[:, None].expand_as(counted_bt)
             units = (rows_bt if packed is None else batch["document_ids"])[counted_bt]
             nll_sum.index_add_(0, units, nll_bt[counted_bt])
             num_targets.index_add_(0, units, torch.ones_like(units))
-            on_progress(stop)
+            on_progress(min(first + batch_size * world_size, num_rows))
     finally:
         model.train(training)
+    if world_size > 1:
+        distributed.all_reduce(nll_sum)
+        distributed.all_reduce(num_targets)
     if packed is not None:
         return _result(packed, num_rows, nll_sum.numpy(), num_targets.numpy())
     return LossResult(

@@ -7,13 +7,14 @@ is compared with the model first, from the file's header.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers.utils import logging
 
 from samara.errors import CheckpointError, ConfigError
@@ -72,10 +73,18 @@ def load_model(
     return model
 
 
-def save_model(model: SamaraPreTrainedModel, folder: Path) -> None:
-    """Write ``config.json``, ``generation_config.json`` and ``model.safetensors`` to ``folder``."""
+def save_model(
+    model: SamaraPreTrainedModel, folder: Path, *, weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write ``config.json``, ``generation_config.json`` and ``model.safetensors`` to ``folder``.
+
+    Args:
+        model: What to write.
+        folder: Where.
+        weights: Its weights by name, a tied one once, where the model itself has them in shards.
+    """
     with _no_progress_bars():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
 
 
 @contextmanager

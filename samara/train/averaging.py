@@ -7,6 +7,7 @@ Which steps are members follows from the recipe, so nothing is written that is n
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from samara.errors import CheckpointError
 from samara.train.checkpoint import MODEL, named_weights, sweep, verify, write_tensors
+from samara.train.processes import from_first, is_first, like, whole
 
 
 def member_steps(*, num_steps: int, every: int, count: int) -> tuple[int, ...]:
@@ -38,15 +40,16 @@ class Averages:
         sweep(folder)
 
     def add(self, model: nn.Module, *, step: int) -> None:
-        """Keep the weights if ``step`` is a member.
+        """Keep the weights if ``step`` is a member; all processes call it, the first one writes.
 
         Raises:
             ResourceError: If the disk is full.
         """
-        if step in self._steps:
-            write_tensors(
-                self._path(step), {MODEL: named_weights(model)}, state={"step": step}, identity={}
-            )
+        if step not in self._steps:
+            return
+        weights = whole(named_weights(model))
+        if is_first():
+            write_tensors(self._path(step), {MODEL: weights}, state={"step": step}, identity={})
 
     def load_mean(self, model: nn.Module) -> None:
         """Give the model the mean of all members, summed in float64.
@@ -54,7 +57,7 @@ class Averages:
         Raises:
             CheckpointError: If a member is missing or damaged.
         """
-        for step in self._steps:
+        for step in self._steps if is_first() else ():
             if not self._path(step).exists():
                 raise CheckpointError(
                     f"{self._path(step)}: is missing, and the final model averages it; "
@@ -64,7 +67,12 @@ class Averages:
         files = [self._path(step) / MODEL for step in self._steps]
         with torch.no_grad():
             for name, tensor in named_weights(model).items():
-                tensor.copy_(_mean(files, name))
+                mean = from_first(
+                    functools.partial(_mean, files, name),
+                    shape=tuple(tensor.shape),
+                    dtype=torch.float64,
+                )
+                tensor.copy_(like(tensor, mean))
 
     def _path(self, step: int) -> Path:
         return self._folder / f"step-{step:08d}"

@@ -11,6 +11,9 @@ Loading checks sizes, hashes and the architecture first and changes nothing unle
 the newest checkpoint is damaged, the run says so, sets it aside as ``step-….damaged``, and goes on
 from the one before; if all are damaged it stops: it never starts over by itself. Nothing is
 pickled.
+
+Of several processes the first reads and writes, whole tensors: a checkpoint does not know how many
+there were, and any number goes on from it.
 """
 
 from __future__ import annotations
@@ -24,8 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from samara.errors import CheckpointError
@@ -39,6 +41,7 @@ from samara.runs import (
     write_json,
 )
 from samara.train.optim import Updater
+from samara.train.processes import is_first, like, open_stored, share, whole
 
 SCHEMA = 1
 STATE = "state.json"
@@ -117,15 +120,19 @@ class Checkpoints:
     def save(self, model: nn.Module, optimizer: Updater, state: TrainingState) -> Path:
         """Write a checkpoint, then drop all but the newest ``keep_last``.
 
+        All processes call it; the first one writes.
+
         Raises:
             ResourceError: If the disk is full; the checkpoints before are untouched.
         """
         tensors = {
-            MODEL: named_weights(model),
-            OPTIMIZER: optimizer.state_dict(),
+            MODEL: whole(named_weights(model)),
+            OPTIMIZER: whole(optimizer.state_dict()),
             RANDOM: _random_state(),
         }
         path = self.folder / f"step-{state.step:08d}"
+        if not is_first():
+            return path
         write_tensors(path, tensors, state=asdict(state), identity=self._identity)
         for old in self._paths()[: -self._keep_last]:
             shutil.rmtree(old)
@@ -139,11 +146,19 @@ class Checkpoints:
     def latest(self) -> Checkpoint | None:
         """Find the newest whole checkpoint; None if there is none at all.
 
-        A damaged one is reported, set aside as ``….damaged``, and the one before is taken.
+        A damaged one is reported, set aside as ``….damaged``, and the one before is taken. All
+        processes call it and get what the first one finds.
 
         Raises:
             CheckpointError: If all are damaged, or the newest belongs to a run of something else.
         """
+        found = self._latest() if is_first() else None
+        data = share(found and {"path": str(found.path), "state": asdict(found.state)})
+        if data is None:
+            return None
+        return Checkpoint(path=Path(data["path"]), state=TrainingState.from_dict(data["state"]))
+
+    def _latest(self) -> Checkpoint | None:
         sweep(self.folder)
         paths = self._paths()
         problem: CheckpointError | None = None
@@ -171,8 +186,10 @@ class Checkpoints:
             CheckpointError: If it is of another architecture; nothing is changed then.
         """
         load_weights(checkpoint.path / MODEL, model)
-        optimizer.load_state_dict(load_file(checkpoint.path / OPTIMIZER))
-        _set_random_state(load_file(checkpoint.path / RANDOM))
+        with open_stored(checkpoint.path / OPTIMIZER) as stored:
+            optimizer.load_state_dict(stored)
+        with open_stored(checkpoint.path / RANDOM) as stored:
+            _set_random_state(dict(stored))
 
     def _paths(self) -> list[Path]:
         if not self.folder.exists():
@@ -272,12 +289,11 @@ def load_weights(file: Path, model: nn.Module) -> None:
             unchanged then.
     """
     weights = named_weights(model)
-    with safe_open(file, framework="pt") as stored:
-        shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118 - not a mapping
-        _check_architecture(file, shapes, {n: tuple(t.shape) for n, t in weights.items()})
+    with open_stored(file) as stored:
+        _check_architecture(file, stored.shapes, {n: tuple(t.shape) for n, t in weights.items()})
         with torch.no_grad():
             for name, tensor in weights.items():
-                tensor.copy_(stored.get_tensor(name))
+                tensor.copy_(like(tensor, stored[name]))
 
 
 def _check_architecture(

@@ -106,6 +106,9 @@ class TrainingConfig(Config):
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     """`bfloat16`: autocast over float32 weights. `float32`: everything."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    parallel: Literal["none", "ddp", "fsdp"] | None = None
+    """How processes that `torchrun` starts share the model. `ddp`: each has all of it. `fsdp`: each
+    has its share of weights, gradients and optimizer state. Left out: ddp if there are several."""
     compile: bool = False
     """`torch.compile` the model."""
     activation_checkpointing: Literal["none", "layer", "cola_m"] = "none"
@@ -128,6 +131,11 @@ class TrainingConfig(Config):
                 f"batch_size {self.batch_size} is not divisible by micro_batch_size {micro}"
             )
         check_exportable(self.layer_dropout)
+        if self.parallel in ("ddp", "fsdp") and self.layer_dropout is not None:
+            raise ConfigError(
+                f"parallel: {self.parallel} goes without layer_dropout, under which processes wait "
+                "for gradients of layers that did not run; leave one of them out"
+            )
         return self
 
     def layer_rates(self, num_layers: int) -> LayerRates | None:

@@ -18,7 +18,8 @@ from samara.errors import ConfigError, DataError
 from samara.runs import RunFolder, write_json
 from samara.train.config import InstructConfig
 from samara.train.origin import Origin, origin_of
-from samara.train.pretrain import carry_out, training_place
+from samara.train.parallel import join_processes
+from samara.train.pretrain import carry_out
 
 
 def instruct(config: InstructConfig, run: RunFolder) -> None:
@@ -29,11 +30,11 @@ def instruct(config: InstructConfig, run: RunFolder) -> None:
         DataError: If a file or record is missing or malformed, or a split is empty.
         ResourceError, CheckpointError, NonFiniteLossError, Stopped: As :func:`carry_out`.
     """
-    place = training_place(config.training)
-    origin = origin_of(config.init_from, sequence_length=config.data.sequence_length)
-    corpus = ChatCorpus(config.data, _chat_tokenizer(origin, run))
-    write_json(run.path / "data.json", {"schema": 1, "hash": corpus.hash, **corpus.statistics})
-    carry_out(config, run, corpus, origin, place)
+    with join_processes(config.training.device, config.training.parallel) as place:
+        origin = origin_of(config.init_from, sequence_length=config.data.sequence_length)
+        corpus = ChatCorpus(config.data, _chat_tokenizer(origin, run))
+        write_json(run.path / "data.json", {"schema": 1, "hash": corpus.hash, **corpus.statistics})
+        carry_out(config, run, corpus, origin, place)
 
 
 def _chat_tokenizer(origin: Origin, run: RunFolder) -> TextTokenizer:

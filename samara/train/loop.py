@@ -5,7 +5,8 @@ norm, clip, finite check, step; then log, evaluate, save, stop, each if due. Eve
 around an update is a function in :class:`Hooks`; what differs between verbs is what they put there.
 
 The loss is the sum over all counted targets of a step divided by their number, counted over all
-micro-batches before the first forward pass: 1 micro-batch of 8 rows equals 8 of 1.
+micro-batches of all processes before the first forward pass: 1 micro-batch of 8 rows equals 8 of 1,
+on one process or on eight.
 
 The finite check reads loss and gradient norm from the device before the weights are touched. That
 is one synchronisation per update, and the only one: it costs the launch of the optimizer's few
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 from transformers import PreTrainedModel
 
 from samara.data.rows import Batch
@@ -33,7 +34,7 @@ from samara.errors import NonFiniteLossError, Stopped
 from samara.train.checkpoint import TrainingState, Window
 from samara.train.objective import Objective, count_targets
 from samara.train.optim import Updater
-from samara.train.parallel import Precision, autocast
+from samara.train.parallel import Place, Precision, Workers, autocast
 from samara.train.stop import StopSignal
 
 
@@ -130,6 +131,7 @@ def train(
     costs: Costs = Costs(),
     hooks: Hooks = Hooks(),
     stop: StopSignal | None = None,
+    workers: Workers | None = None,
 ) -> None:
     """Train from ``state.step`` to ``num_steps``, moving ``state`` on.
 
@@ -146,6 +148,7 @@ def train(
         costs: For FLOPs and MFU.
         hooks: What else to do, and when.
         stop: Entered by the caller; a signal it caught ends training after the update in hand.
+        workers: The processes that train the model together; this one alone by default.
 
     Raises:
         NonFiniteLossError: If a loss or gradient norm is not finite. The weights are as they were
@@ -153,13 +156,20 @@ def train(
         Stopped: If ``stop`` caught a signal; the state is saved first.
     """
     model.train()
+    workers = workers or Workers(model, Place(device=model.device))
     watch = _Watch(state)
     for micro_batches in batches:
         lr = learning_rate(state.step)
-        around = _in_step(state.step, hooks, costs)
-        update = _gradients(
-            model, objective, optimizer, micro_batches, precision, clip_grad_norm, around
+        step = _Step(
+            micro_batches=micro_batches,
+            precision=precision,
+            clip_grad_norm=clip_grad_norm,
+            around=_in_step(state.step, hooks, costs),
         )
+        num_targets, agreed = workers.agree(
+            count_targets(micro_batches), stop.number if stop is not None else None
+        )
+        update = _gradients(workers, model.device, objective, optimizer, step, num_targets)
         _count(state, update)
         if not update.is_finite:
             optimizer.zero_grad()
@@ -178,7 +188,9 @@ def train(
                 _log(state, update, lr, costs, hooks)
             if hooks.evaluate is not None and _is_due(hooks.evaluate_every, state.step, last=last):
                 _evaluate(model, state, hooks.evaluate, hooks)
-            caught = stop.number if stop is not None else None
+            caught = agreed  # of several processes: what all of them know of
+            if stop is not None and workers.world_size == 1:
+                caught = stop.number
             due = _is_due(hooks.save_every, state.step, last=last)
             if hooks.save is not None and (due or caught is not None):
                 hooks.save(state)
@@ -187,45 +199,61 @@ def train(
     assert state.step == num_steps, f"batches ended at step {state.step} of {num_steps}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Step:
+    """One update's batch, and how its passes are done."""
+
+    micro_batches: Sequence[Batch]
+    precision: Precision
+    clip_grad_norm: float | None
+    around: Callable[[int], AbstractContextManager[Costs]]
+
+
 def _gradients(
-    model: PreTrainedModel,
+    workers: Workers,
+    device: torch.device,
     objective: Objective,
     optimizer: Updater,
-    micro_batches: Sequence[Batch],
-    precision: Precision,
-    clip_grad_norm: float | None,
-    around: Callable[[int], AbstractContextManager[Costs]],
+    step: _Step,
+    num_targets: int,
 ) -> Update:
     """Leave the clipped gradient of the mean loss of the step, and read what it was made from."""
-    device = model.device
-    num_targets = count_targets(micro_batches)
-    divisor = max(1, num_targets)  # a batch of padding alone: loss and gradients are 0
+    # A batch of padding alone: loss and gradients are 0. The wrappers of several processes take the
+    # mean over these; dividing by the share of one makes it the sum.
+    divisor = max(1, num_targets) / workers.world_size
     sums: list[Tensor] = []
     tokens, flops, useful_flops = 0, 0.0, 0.0
-    for number, batch in enumerate(micro_batches):
+    for number, batch in enumerate(step.micro_batches):
         on_device = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
-        with around(number) as costs:
-            with autocast(device, precision):
-                result = objective(model, on_device)
-            torch.autograd.backward(result.loss / divisor)
+        is_last = number == len(step.micro_batches) - 1
+
+        def work(model: PreTrainedModel, batch: Batch = on_device) -> tuple[Tensor, Tensor]:
+            result = objective(model, batch)
+            return result.loss, result.nll
+
+        with step.around(number) as costs, workers.passing(is_last=is_last):
+            with autocast(device, step.precision):
+                loss, nll = workers.run(work)
+            torch.autograd.backward(loss / divisor)
         tokens += batch["input_ids"].numel()
         flops += batch["input_ids"].numel() * costs.flops_per_token
         useful_flops += batch["input_ids"].numel() * costs.useful_flops_per_token
-        sums.append(torch.stack([result.loss.detach(), result.nll.detach()]))
+        sums.append(torch.stack([loss.detach(), nll.detach()]))
     parameters = optimizer.parameters
-    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if clip_grad_norm is not None:
-        clip_grads_with_norm_(parameters, clip_grad_norm, norm)
-    total = torch.stack(sums).sum(dim=0)
+    norm = workers.norm(parameters)
+    if step.clip_grad_norm is not None:
+        clip_grads_with_norm_(parameters, step.clip_grad_norm, norm)
+    total = workers.sum(torch.stack(sums).sum(dim=0))
     loss_sum, nll_sum, grad_norm = torch.cat([total, norm.to(total).reshape(1)]).tolist()
     return Update(
         loss_sum=loss_sum,
         nll_sum=nll_sum,
         grad_norm=grad_norm,
         num_targets=num_targets,
-        tokens=tokens,
-        flops=flops,
-        useful_flops=useful_flops,
+        # Every process has as many rows.
+        tokens=tokens * workers.world_size,
+        flops=flops * workers.world_size,
+        useful_flops=useful_flops * workers.world_size,
     )
 
 

@@ -23,6 +23,7 @@ from samara.model.cola import LowRankLinear
 from samara.train.config import AdamW, Muon
 from samara.train.config import Optimizer as OptimizerConfig
 from samara.train.objective import output_weight
+from samara.train.processes import like
 
 Group = dict[str, Any]
 
@@ -134,7 +135,7 @@ class Optimizer:
                     f"optimizer state: {full_name} has shape {tuple(value.shape)}, "
                     f"the parameter {tuple(parameter.shape)}"
                 )
-            loaded[name][key] = value.to(parameter.device, copy=True)
+            loaded[name][key] = like(parameter, value)
         for name, parameter in self._parameters.items():
             owner = self._owner[parameter]
             owner.state.pop(parameter, None)

@@ -8,18 +8,23 @@ The run folder gets
     model/                    the result: a Hugging Face folder with its tokenizer
     summary.json              what it is, what it cost, how good it became
     lineage.json              what it was made from, and the compute spent, ancestors' included
+
+Of several processes (``torchrun``) each is given a run folder; that of the first is the run's, and
+those of the others are thrown away.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from samara.data.loader import training_batches
 from samara.data.objective_rows import objective_tokenizer
@@ -39,7 +44,7 @@ from samara.model.modeling import set_activation_checkpointing
 from samara.progress import ProgressLine
 from samara.runs import Compute, Lineage, RunFolder, hash_weights, new_folder, write_json
 from samara.train.averaging import Averages, member_steps
-from samara.train.checkpoint import Checkpoints, TrainingState, sweep
+from samara.train.checkpoint import Checkpoints, TrainingState, named_weights, sweep
 from samara.train.config import InstructConfig, PretrainConfig, TrainingConfig
 from samara.train.layer_dropout import LayerCosts, dropping_layers
 from samara.train.loop import AroundPass, Costs, Hooks, Record, Update, stopped, train
@@ -47,7 +52,15 @@ from samara.train.memory import PeakMemory, check_memory
 from samara.train.objective import make_objective
 from samara.train.optim import Optimizer
 from samara.train.origin import LanguageModel, Origin, find_origin
-from samara.train.parallel import Place, choose_place, compile_model, uncompiled
+from samara.train.parallel import (
+    Place,
+    Workers,
+    choose_place,
+    compile_model,
+    join_processes,
+    uncompiled,
+)
+from samara.train.processes import first_goes_first, is_lost_process, whole
 from samara.train.schedule import learning_rate
 from samara.train.sinks import Sink, open_sinks
 from samara.train.stop import StopSignal
@@ -64,14 +77,15 @@ def pretrain(config: PretrainConfig, run: RunFolder) -> None:
         NonFiniteLossError: If the loss stops being a number.
         Stopped: If a signal stopped it, its state saved.
     """
-    place = training_place(config.training)
-    corpus = open_corpus(config.data.corpus, cache=cache_folder())
-    tokenizer = open_tokenizer(config, corpus, run)
-    origin = find_origin(config, tokenizer)
-    data = CorpusData(
-        corpus, config.data, objective=config.objective, tokenizer=tokenizer, seed=config.seed
-    )
-    carry_out(config, run, data, origin, place)
+    with join_processes(config.training.device, config.training.parallel) as place:
+        with first_goes_first():
+            corpus = open_corpus(config.data.corpus, cache=cache_folder())
+        tokenizer = open_tokenizer(config, corpus, run)
+        origin = find_origin(config, tokenizer)
+        data = CorpusData(
+            corpus, config.data, objective=config.objective, tokenizer=tokenizer, seed=config.seed
+        )
+        carry_out(config, run, data, origin, place)
 
 
 def carry_out(
@@ -86,28 +100,63 @@ def carry_out(
     Raises:
         The errors of :func:`pretrain`.
     """
-    micro_batch_size = config.training.micro_batch_size or config.training.batch_size
+    _check_together(config, place)
+    share = max(1, config.training.batch_size // place.world_size)
+    micro_batch_size = config.training.micro_batch_size or share
     needed = predict_memory(config, origin, place, micro_batch_size=micro_batch_size)
     check_memory(predicted=needed, device=place.device)
     job = Job(config, run, corpus, origin, place, micro_batch_size)
-    job.resume()
     try:
+        job.resume()
         job.train()
+        job.finish()
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             f"step {job.state.step + 1}: {place.device.type} ran out of memory; lower "
             f"training.micro_batch_size ({micro_batch_size}), or set "
             "training.activation_checkpointing: layer"
         ) from error
-    job.finish()
+    except RuntimeError as error:
+        if place.world_size == 1 or not is_lost_process(error):
+            raise
+        saved = job.checkpoints.newest() if place.is_first else None
+        where = f"the last checkpoint is {saved}; " if saved else ""
+        raise ResourceError(
+            f"step {job.state.step + 1}: another of the {place.world_size} processes has ended; "
+            f"{where}run the same command to go on from the last checkpoint"
+        ) from error
+
+
+def _check_together(config: PretrainConfig | InstructConfig, place: Place) -> None:
+    """Refuse what several processes cannot do.
+
+    Raises:
+        ConfigError: If the recipe asks for it.
+    """
+    if place.parallel == "fsdp" and config.optimizer.kind == "muon":
+        raise ConfigError(
+            "training.parallel: fsdp keeps each matrix in shards, and optimizer.kind: muon needs "
+            "it whole; use ddp, or adamw"
+        )
+    if place.parallel != "none" and config.training.layer_dropout is not None:
+        raise ConfigError(
+            f"training.layer_dropout: goes with one process, and {place.world_size} were started; "
+            "start one, or leave it out"
+        )
 
 
 def training_place(config: TrainingConfig) -> Place:
-    """Where to train.
+    """Where a verb trains that does so in one process.
 
     Raises:
-        ConfigError: If there is no such device, or if several processes were started.
+        ConfigError: If several are asked for.
+        ResourceError: If there is no such device.
     """
+    if config.parallel in ("ddp", "fsdp"):
+        raise ConfigError(
+            f"training.parallel: {config.parallel} is for pretrain and instruct; this verb runs in "
+            "one process, leave it out"
+        )
     place = choose_place(config.device)
     if place.world_size > 1:
         raise ConfigError(
@@ -145,19 +194,28 @@ def predict_memory(
     *,
     micro_batch_size: int,
 ) -> int:
-    """Peak bytes that training will take, in the worst pass if layers are dropped."""
+    """Peak bytes that training will take here, in the worst pass if layers are dropped.
+
+    Under ``fsdp`` the weights and AdamW's moments, 12 bytes a parameter, count by this process's
+    share; the gradients count in full.
+    """
     rates = config.training.layer_rates(origin.design.num_hidden_layers)
-    return training_memory(
+    elsewhere = 0
+    if place.parallel == "fsdp":
+        all_of_it = 12 * budget(origin.design).parameters.total
+        elsewhere = all_of_it - all_of_it // place.world_size
+    predicted = training_memory(
         origin.design,
         micro_batch_size=micro_batch_size,
         sequence_length=config.data.sequence_length,
         precision=config.training.precision,
         optimizer=config.optimizer.kind,
         activation_checkpointing=config.training.activation_checkpointing,
-        accumulates=micro_batch_size < config.training.batch_size,
+        accumulates=micro_batch_size * place.world_size < config.training.batch_size,
         device="cuda" if place.device.type == "cuda" else "cpu",
         active_layers=None if rates is None else rates.active_layers,
-    ).total
+    )
+    return predicted.total - elsewhere
 
 
 class Job:
@@ -186,9 +244,12 @@ class Job:
         self.profile: DeviceProfile = device_profile(
             config.logging.device_profile, device=place.device.type
         )
-        self.peak_flops = peak_flops(self.profile, config.training.precision, trained=run.path.name)
+        self.peak_flops = place.world_size * peak_flops(
+            self.profile, config.training.precision, trained=run.path.name
+        )
         self.memory = PeakMemory(place.device)
         self.model = self._build_model()
+        self.workers = Workers(self.model, place)
         self.optimizer = Optimizer(self.model, config.optimizer)
         self.state = TrainingState()
         self.checkpoints = Checkpoints(
@@ -204,7 +265,8 @@ class Job:
         torch.manual_seed(self.config.seed)
         model = self.origin.build(self.corpus.objective, self.corpus.tokenizer)
         set_activation_checkpointing(model, self.config.training.activation_checkpointing)
-        model.to(self.place.device)  # type: ignore[arg-type] # transformers wraps it untyped
+        if self.place.parallel != "fsdp":  # which moves a layer at a time, and its shard stays
+            model.to(self.place.device)  # type: ignore[arg-type] # transformers wraps it untyped
         if self.config.training.compile:
             compile_model(model)
         return model
@@ -247,7 +309,7 @@ class Job:
         total = end * settings.batch_size * self.config.data.sequence_length
         with (
             StopSignal() as stop,
-            open_sinks(self.config.logging.sinks, run=self.run, start_step=start) as sinks,
+            open_sinks(self._sinks(), run=self.run, start_step=start) as sinks,
             dropping_layers(
                 self.model,
                 settings.layer_dropout,
@@ -269,9 +331,13 @@ class Job:
                 costs=self._costs(),
                 hooks=self._hooks(line, sinks, around_pass),
                 stop=stop,
+                workers=self.workers,
             )
         if stop.number is not None and end < self.num_steps:  # caught in the last of these steps
             raise stopped(self.state, stop.number, saved=True)
+
+    def _sinks(self) -> tuple[str, ...]:
+        return self.config.logging.sinks if self.place.is_first else ()
 
     def _learning_rate(self, step: int) -> float:
         return learning_rate(
@@ -301,7 +367,7 @@ class Job:
     ) -> Hooks:
         return Hooks(
             around_pass=around_pass,
-            on_step=_progress(line, self.state),
+            on_step=_progress(line, self.state) if self.place.is_first else None,
             log=lambda record: self._log(record, sinks),
             log_every=self.config.logging.every_steps,
             evaluate=None if self.validation_set is None else self.evaluate,
@@ -320,15 +386,24 @@ class Job:
     def evaluate(self) -> float:
         """Validation loss of the weights as they are."""
         assert self.validation_set is not None
-        with uncompiled(self.model):
+        rows = self.validation_set
+
+        def score(model: PreTrainedModel) -> float:
             return evaluate_loss(
-                self.model,
-                self.validation_set,
+                model,
+                rows,
                 batch_size=self.micro_batch_size,
                 device=self.place.device,
                 precision=self.config.training.precision,
                 max_tokens=self.config.training.evaluate_max_tokens,
+                rank=self.place.rank,
+                world_size=self.place.world_size,
             ).loss
+
+        with uncompiled(self.model), torch.no_grad():
+            loss = self.workers.run(score)
+        self.workers.put_away()
+        return loss
 
     def _save(self, state: TrainingState) -> None:
         # The member first: a checkpoint at a step says that the step's member is there.
@@ -336,7 +411,7 @@ class Job:
         self.checkpoints.save(self.model, self.optimizer, state)
 
     def finish(self, *, beside: Compute | None = None) -> None:
-        """Average, export, and write what was spent.
+        """Average, export, and write what was spent; all processes call it, the first one writes.
 
         Args:
             beside: Compute of this run that is not in its state, as of trials that were dropped.
@@ -345,8 +420,11 @@ class Job:
         if self._average_steps():
             self.averages.load_mean(self.model)
             averaged = None if self.validation_set is None else self.evaluate()
-        export(self.model, self.corpus.tokenizer, self.run.path / "model")
-        cost = estimated_cost(self.profile, seconds=self.state.seconds)
+        weights = whole(named_weights(self.model)) if self.place.parallel == "fsdp" else None
+        if not self.place.is_first:
+            return
+        export(self.model, self.corpus.tokenizer, self.run.path / "model", weights=weights)
+        cost = estimated_cost(self.profile, seconds=self.state.seconds * self.place.world_size)
         own = Compute(
             tokens=self.state.tokens,
             flops=self.state.flops,
@@ -362,7 +440,7 @@ class Job:
 
     def _summary(self, averaged: float | None) -> dict[str, Any]:
         state, costs, parameters = self.state, self._costs(), self.budget.parameters
-        cost = estimated_cost(self.profile, seconds=state.seconds)
+        cost = estimated_cost(self.profile, seconds=state.seconds * self.place.world_size)
         speed = state.tokens / state.seconds
         assert costs.peak_flops is not None
         return {
@@ -387,6 +465,7 @@ class Job:
             "cost": cost.money,
             "currency": cost.currency,
             "device": self.place.device.type,
+            "processes": self.place.world_size,
             "device_profile": self.profile.name,
             "corpus_hash": self.corpus.hash,
             "weights_hash": hash_weights(self.run.path / "model"),
@@ -395,15 +474,27 @@ class Job:
         }
 
 
-def export(model: LanguageModel, tokenizer: TextTokenizer, folder: Path) -> None:
+def export(
+    model: LanguageModel,
+    tokenizer: TextTokenizer,
+    folder: Path,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write a Hugging Face folder with its tokenizer, complete or absent.
+
+    Args:
+        model: What to write.
+        tokenizer: Written beside it.
+        folder: Where.
+        weights: As in :func:`samara.model.loading.save_model`.
 
     Raises:
         ResourceError: If the disk is full.
     """
     with new_folder(folder) as staging:
         with disk_errors():
-            save_model(model, staging)
+            save_model(model, staging, weights=weights)
         for name in FOLDER_FILES:
             if (tokenizer.folder / name).exists():
                 shutil.copyfile(tokenizer.folder / name, staging / name)

@@ -27,7 +27,6 @@ from samara.model.loading import load_model, save_model
 from samara.runs import Compute, RunFolder, hash_weights, read_json
 from samara.train import pretrain as pretrain_module
 from samara.train.config import PretrainConfig
-from samara.train.parallel import Place
 from samara.train.pretrain import pretrain
 
 Settings = Callable[..., dict[str, Any]]
@@ -356,16 +355,6 @@ def test_vocabulary_smaller_than_the_tokenizer_is_refused(
         ConfigError, match=r"model.vocab_size: 290 is less than the tokenizer's 300"
     ):
         run(tmp_path / "run", pretrain_settings(model__vocab_size=290))
-
-
-def test_several_processes_are_refused(
-    pretrain_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    place = Place(device=CPU, rank=1, world_size=2)
-    monkeypatch.setattr(pretrain_module, "choose_place", lambda _: place)
-
-    with pytest.raises(ConfigError, match="training: runs in one process, and 2 were started"):
-        run(tmp_path / "run", pretrain_settings())
 
 
 def test_too_much_memory_is_refused_before_step_one(
