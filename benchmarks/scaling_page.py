@@ -14,12 +14,13 @@ def section(files: Sequence[Data]) -> str:
         "The same global batches from the same weights. *Sent* is what a process sends in one\n"
         "step, counted where collectives are dispatched; *formula* is that of\n"
         "[scaling](scaling.md). Efficiency: tokens per second and process, against the fewest\n"
-        "processes of the same row. Processes on the cores of one CPU share them: there only the\n"
+        "processes of the same row; none on a CPU, whose cores the processes share: there only the\n"
         "bytes and the losses say anything.\n\n" + blocks(files, _table)
     )
 
 
 def _table(data: Data) -> str:
+    on_cpu = data["settings"]["device"] == "cpu"
     rows = []
     first: dict[tuple[str, str], Data] = {}
     for row in data["rows"]:
@@ -35,7 +36,7 @@ def _table(data: Data) -> str:
                 f"{row['bytes_per_step'] / 1e6:,.2f}",
                 error(predicted, row["bytes_per_step"]) if predicted else "–",
                 f"{row['tokens_per_second']:,.0f}",
-                f"{per_process / base_per_process:.0%}",
+                "–" if on_cpu else f"{per_process / base_per_process:.0%}",
                 f"{row['loss']:.5f}",
             ]
         )
