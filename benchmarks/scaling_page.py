@@ -14,8 +14,8 @@ def section(files: Sequence[Data]) -> str:
         "The same global batches from the same weights. *Sent* is what a process sends in one\n"
         "step, counted where collectives are dispatched; *formula* is that of\n"
         "[scaling](scaling.md). Efficiency: tokens per second and process, against the fewest\n"
-        "processes of the same row; none on a CPU, whose cores the processes share: there only the\n"
-        "bytes and the losses say anything.\n\n" + blocks(files, _table)
+        "processes of the same row; none on a CPU, whose cores the processes share: there only\n"
+        "the bytes and the losses say anything.\n\n" + blocks(files, _table)
     )
 
 
