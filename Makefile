@@ -10,13 +10,13 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=1
 # Idle threads sleep instead of spinning, so that other work on the machine does not stall training.
 RUN_ENV := OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 
-.PHONY: demo test test-export test-flower test-postgres lint types format venv venv-dev clean help
+.PHONY: demo test test-export test-flower test-postgres test-quantize lint types format venv venv-dev clean help
 
 help:
 	@echo "make demo    set up, then pretrain, grow, adapt, release and report small models"
 	@echo "make test    set up, then run the test suite     make test-export  the peers' runtimes"
 	@echo "make test-postgres  the registry on a PostgreSQL of its own, where one is installed"
-	@echo "make test-flower  federations on Flower, races on Ray"
+	@echo "make test-flower  federations on Flower, races on Ray   make test-quantize  int8 by torchao"
 	@echo "make lint    ruff        make types   mypy        make format  ruff format"
 	@echo "make venv    set up only              make clean   remove .venv and caches"
 
@@ -52,6 +52,14 @@ test-flower: venv-dev
 		$(TEST_ENV) FLWR_TELEMETRY_ENABLED=0 RAY_USAGE_STATS_ENABLED=0 \
 			$(BIN)/python -m pytest $$part $(ARGS) || exit 1; \
 	done
+
+# Beside the environment: transformers would load torchao in every process.
+QUANTIZE := .venv/quantize
+
+test-quantize: venv-dev
+	$(PIP_INSTALL) --no-deps --upgrade --target $(QUANTIZE) torchao
+	PYTHONPATH=$(QUANTIZE) $(TEST_ENV) $(BIN)/python -m pytest tests/unit/model/test_quantization.py \
+		tests/integration/test_generate.py $(ARGS)
 
 test-postgres: venv-dev
 	$(PIP_INSTALL) -e '.[registry,postgres]'

@@ -36,6 +36,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
+from markdown_parts import error
 from record import Record, add_json_option
 
 MMAP_THRESHOLD = "131072"
@@ -296,7 +297,7 @@ def line(row: dict[str, Any], reference: dict[str, Any]) -> str:
         f"{row['model']:10}  {row['method']:26} {row['mean_active_layers']:5.1f} layers  "
         f"{1000 * row['step_seconds']:7.0f} ms ({time_ratio:.2f}x)  "
         f"peak {row['peak_bytes'] / 1e6:7,.0f} MB "
-        f"({row['peak_bytes'] / reference['peak_bytes'] - 1:+.0%})  kept {saved}"
+        f"({error(row['peak_bytes'], reference['peak_bytes'])})  kept {saved}"
     )
 
 

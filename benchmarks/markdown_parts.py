@@ -52,8 +52,18 @@ def megabytes(value: float | None) -> str:
 
 
 def error(predicted: float, measured: float) -> str:
-    """How far a prediction is off, in percent of what was measured."""
+    """How far a prediction is off, in percent of what was measured.
+
+    A dash where that is nothing: a toy may fit into memory that its process held already.
+    """
+    if not measured:
+        return "–"
     return f"{predicted / measured - 1:+.1%}".replace("-0.0%", "0.0%").replace("+0.0%", "0.0%")
+
+
+def ratio(value: float, whole: float) -> str:
+    """A part of a whole; a dash where there is none, as in :func:`error`."""
+    return f"{value / whole:.2f}" if whole else "–"
 
 
 def interval(bounds: Mapping[str, float], digits: int) -> str:

@@ -30,6 +30,7 @@ from markdown_parts import (
     interval,
     megabytes,
     origin,
+    ratio,
     table,
 )
 from memory import CASES as MEMORY_CASES
@@ -240,7 +241,7 @@ def layer_dropout(files: Sequence[Data]) -> str:
                     f"{1000 * row['step_seconds']:,.0f}",
                     f"{row['step_seconds'] / whole['step_seconds']:.2f}",
                     megabytes(row["peak_bytes"]),
-                    f"{row['peak_bytes'] / whole['peak_bytes']:.2f}",
+                    ratio(row["peak_bytes"], whole["peak_bytes"]),
                     megabytes(row["saved_bytes"]),
                 ]
             )

@@ -39,6 +39,7 @@ from dataclasses import asdict
 from multiprocessing import get_context
 from typing import Any
 
+from markdown_parts import error
 from pool import stop_pool
 from record import Record, add_json_option
 from sparse_cases import METHODS, SHAPES, VARIANTS, Case, load_libraries, measure
@@ -147,7 +148,7 @@ def line(row: dict[str, Any]) -> str:
         return f"{row['name']:42} failed: {row['failed']}"
     formula = ""
     if row["predicted_bytes"] is not None:
-        formula = f" (formula {row['predicted_bytes'] / row['peak_bytes'] - 1:+.1%})"
+        formula = f" (formula {error(row['predicted_bytes'], row['peak_bytes'])})"
     return (
         f"{row['name']:42} {row['tokens_per_second']:10,.0f} tokens/s  "
         f"peak {row['peak_bytes'] / 1e6:8,.0f} MB{formula}  "

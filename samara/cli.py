@@ -7,6 +7,7 @@ user can mend is one line on standard error and exit status 2; ``--debug`` shows
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -444,6 +445,9 @@ def _say(line: str) -> None:
 def main() -> None:
     """Entry point of the ``samara`` command."""
     debug = "--debug" in sys.argv
+    # transformers loads torchao wherever it is installed, which then lists kernels it has no use for.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app(args=[a for a in sys.argv[1:] if a != "--debug"], standalone_mode=False)
     except typer.Exit as leave:

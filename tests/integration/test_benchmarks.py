@@ -274,3 +274,9 @@ def test_the_demo_is_collected_from_what_its_stages_wrote(benchmark, tmp_path):
     assert "| b | – | – | – | 2.000 [1.500, 2.500] |" in page
     assert "| 2.000 [1.500, 2.500] worse |" in page
     assert "*`samara run recipes/quickstart.yaml`; a CPU, 2 cores; torch 2; commit c.*" in page
+
+
+def test_a_part_of_nothing_is_a_dash(benchmark):
+    parts = benchmark("markdown_parts")
+    assert (parts.error(2.0, 0), parts.ratio(2.0, 0)) == ("–", "–")
+    assert (parts.error(2.2, 2.0), parts.ratio(1.0, 2.0)) == ("+10.0%", "0.50")
