@@ -445,7 +445,7 @@ def _say(line: str) -> None:
 def main() -> None:
     """Entry point of the ``samara`` command."""
     debug = "--debug" in sys.argv
-    # transformers loads torchao wherever it is installed, which then lists kernels it has no use for.
+    # transformers loads torchao where it is installed, which lists the kernels it has no use for.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
