@@ -75,6 +75,7 @@ ARMS: dict[str, Arm] = {
     "DropPEFT": arm("method", "droppeft"),
     "DropPEFT, all layers shared": arm("ablation", "droppeft", sharing={"direction": "all"}),
     "DropPEFT, nothing dropped": arm("ablation", "droppeft", configurator={"rates": [0.0]}),
+    "DropPEFT, at one pace": arm("lever", "droppeft", configurator={"pace": 1.0}),
     "DropPEFT, ends protected": arm(
         "lever", "droppeft", layer_dropout={"protect_first": 1, "protect_last": 1}
     ),

@@ -43,15 +43,21 @@ class ClassArms:
         firsts: dict[str, int] = {}
         for client, device in enumerate(self._devices):
             firsts.setdefault(device.name, client)
-        return [
-            Candidate(
-                client=client,
-                device_class=name,
-                peaks=self._peaks,
-                memory=self._devices[client].memory_bytes,
-            )
-            for name, client in firsts.items()
-        ]
+        return [self.candidate(client) for client in firsts.values()]
+
+    def candidate(self, client: int) -> Candidate:
+        """What the configurator has to know of a client to choose for it."""
+        device, pace = self._devices[client], self._config.configurator.pace
+        batch = [self._costs.batch_seconds(layers) for layers in self._arm_layers]
+        fastest = min(own.slowness for own in self._devices)
+        return Candidate(
+            client=client,
+            device_class=device.name,
+            peaks=self._peaks,
+            memory=device.memory_bytes,
+            seconds=[device.slowness * seconds for seconds in batch],
+            most_seconds=math.inf if pace is None else pace * fastest * max(batch),
+        )
 
     def arms(self, decisions: Sequence[Decision], clients: Sequence[int]) -> dict[int, int]:
         """The arm of each client that was drawn: that of its class; none where none fits."""

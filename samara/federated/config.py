@@ -94,6 +94,10 @@ class ConfiguratorConfig(Config):
     """Largest share of a class's clients in one round whose arm is not the best known."""
     memory_margin: NonNegativeFloat = 0.1
     """An arm is offered if its modelled peak times 1 + margin fits the device."""
+    pace: PositiveFloat | None = None
+    """A round lasts as long as its slowest client. A device is offered arms whose computation takes
+    at most so many times that of the fastest kind of device with nothing dropped; if none does, the
+    one that takes least. 1: all kinds keep up with the fastest. Left out: no limit."""
     quarantine_rounds: PositiveInt = 20
     """How long an arm that failed is not offered to its class."""
     accuracy_drop: Share = 0.05

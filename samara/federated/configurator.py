@@ -15,10 +15,11 @@ training gained on the client's validation rows, per second or per joule of the 
 - A device whose slowness changes (two-sided CUSUM) loses its offset; when half of the devices of a
   class changed, the class forgets and tries all arms again.
 
-Guard rails: an arm is offered only if its modelled peak fits the device; one that failed is in
-quarantine for its whole class (out of memory: every arm of that peak or more); a client that failed
-gets next the arm that worked for it before, or the one of the smallest peak; only a share of a
-round explores. Every client that has a feasible arm gets one, always.
+Guard rails: an arm is offered only if its modelled peak fits the device, and if asked for only if
+its time keeps the pace of the fastest kind of device, since a round waits for all. One that failed
+is in quarantine for its whole class (out of memory: every arm of that peak or more); a client that
+failed gets next the arm that worked for it before, or the one of the smallest peak; only a share of
+a round explores. Every client that has a feasible arm gets one, always.
 
 Numpy only; the state is plain data that JSON holds exactly.
 """
@@ -86,12 +87,16 @@ class Candidate:
         device_class: Whose statistics it shares.
         peaks: Modelled peak bytes of each arm on it.
         memory: Bytes that it may use.
+        seconds: Modelled seconds of a batch by arm; empty: not asked for.
+        most_seconds: That a batch should take, by ``ConfiguratorConfig.pace``.
     """
 
     client: int
     device_class: str
     peaks: Sequence[float]
     memory: float
+    seconds: Sequence[float] = ()
+    most_seconds: float = math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,9 +258,14 @@ class Configurator:
         return Decision(client=client, arm=arm, reason="exploit" if arm == best else "explore")
 
     def _feasible(self, candidate: Candidate) -> list[int]:
-        """Arms whose modelled peak fits, with a margin."""
+        """Arms whose modelled peak fits, with a margin; of these the ones that keep the pace."""
         margin = 1 + self.config.memory_margin
-        return [a for a, peak in enumerate(candidate.peaks) if peak * margin <= candidate.memory]
+        fit = [a for a, peak in enumerate(candidate.peaks) if peak * margin <= candidate.memory]
+        if not fit or not candidate.seconds:
+            return fit
+        least = min(candidate.seconds[arm] for arm in fit)
+        most = max(least, candidate.most_seconds)
+        return [arm for arm in fit if candidate.seconds[arm] <= most]
 
     @staticmethod
     def _safest(device: _DeviceState, offered: Sequence[int], peaks: Sequence[float]) -> int:

@@ -20,7 +20,6 @@ from samara.federated.aggregation import HEAD, Aggregate, Contribution, Layout, 
 from samara.federated.class_arms import ClassArms
 from samara.federated.config import FederateConfig, FederatedDevice
 from samara.federated.configurator import (
-    Candidate,
     Configurator,
     Decision,
     Outcome,
@@ -111,7 +110,7 @@ class Server:
         decisions: list[Decision] = []
         if self.configurator is not None:
             of_classes = config.configurator.rewards == "server"
-            candidates = [self._candidate(client) for client in drawn]
+            candidates = [self.classes.candidate(client) for client in drawn]
             decisions = self.configurator.choose(
                 state.round, self.classes.candidates() if of_classes else candidates
             )
@@ -180,15 +179,6 @@ class Server:
         number = min(config.clients.per_round, len(available))
         draws = Draws(seed=config.seed, purpose=Purpose.CLIENT_SAMPLE, draw=round)
         return [available[place] for place in draws.subset(number, of=len(available))]
-
-    def _candidate(self, client: int) -> Candidate:
-        device = self.devices[client]
-        return Candidate(
-            client=client,
-            device_class=device.name,
-            peaks=self.peaks,
-            memory=device.memory_bytes,
-        )
 
     def _must_share(self) -> tuple[int, ...]:
         sharing = self.config.sharing

@@ -334,3 +334,34 @@ def test_nothing_dropped_is_always_an_arm_and_stands_once():
 def test_equal_rates_are_refused():
     with pytest.raises(ConfigError, match=r"rates: give one or more different values"):
         validate(ConfiguratorConfig, {"rates": [0.5, 0.5]})
+
+
+@pytest.mark.parametrize(
+    ("most", "memory", "offered"),
+    [(9.0, 100.0, {0, 1, 2, 3}), (3.0, 100.0, {1, 2, 3}), (0.1, 100.0, {3}), (3.0, 2.5, {2, 3})],
+)
+def test_a_device_keeps_the_pace_or_comes_as_near_as_it_can(most, memory, offered):
+    configurator = Configurator(
+        make_config(policy={"kind": "thompson"}, explore_share=1.0, memory_margin=0.0), seed=1
+    )
+    times = (4.0, 3.0, 2.0, 1.0)
+    chosen = {
+        decision.arm
+        for round in range(40)
+        for decision in configurator.choose(
+            round,
+            [
+                Candidate(
+                    client=client,
+                    device_class="a",
+                    peaks=times,
+                    memory=memory,
+                    seconds=times,
+                    most_seconds=most,
+                )
+                for client in range(3)
+            ],
+        )
+    }
+    assert chosen <= offered
+    assert min(offered) in chosen
