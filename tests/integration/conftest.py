@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import json
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ return the value of each item in a list and raise an error when file is not foun
 write line by line convert text to number between two dates make new folder under root if missing
 """
 WORDS = TEXT.split()
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 def write_text(path: Path, *, documents: int = 120, seed: int = 0) -> Path:
@@ -37,18 +35,6 @@ def write_text(path: Path, *, documents: int = 120, seed: int = 0) -> Path:
             ]
             file.write(json.dumps({"id": f"doc-{number}", "text": " ".join(sentences)}) + "\n")
     return path
-
-
-@pytest.fixture(scope="module")
-def benchmark() -> Iterator[Callable[[str], Any]]:
-    """Imports a script as it imports its neighbours: from its own folder."""
-    folder = str(BENCHMARKS)
-    sys.path.insert(0, folder)
-    loaded = [path.stem for path in BENCHMARKS.glob("*.py")]
-    yield importlib.import_module
-    sys.path.remove(folder)
-    for name in loaded:
-        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,17 +17,6 @@ from .test_finetune import build
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = (1, 2)
 RATES = dict.fromkeys(("full", "sparse", "lora"), (0.1, 0.2))
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    folder = str(ROOT / "benchmarks")
-    sys.path.insert(0, folder)
-    loaded = [path.stem for path in (ROOT / "benchmarks").glob("*.py")]
-    yield importlib.import_module
-    sys.path.remove(folder)
-    for name in loaded:
-        sys.modules.pop(name, None)
 
 
 # --- sums -----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 from samara.config import dump_yaml, validate
+from samara.errors import Stopped
 from samara.federated.config import FederateConfig
+from samara.federated.driver import InProcessDriver
 from samara.federated.federate import federate
 from samara.model.config import ModelConfig
 from samara.model.configuration import SamaraConfig
@@ -201,3 +204,22 @@ def outcome() -> Callable[[Path], dict[str, Any]]:
 def device_fields() -> dict[str, Any]:
     """What a device says beside its name and slowness."""
     return DEVICE
+
+
+@pytest.fixture
+def stop_after_a_round(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Begins a federation and signals its process in the first round."""
+    run_round = InProcessDriver.run_round
+
+    def signalled(driver: InProcessDriver) -> Any:
+        record = run_round(driver)
+        signal.raise_signal(signal.SIGTERM)
+        return record
+
+    def begin(config: FederateConfig, run: RunFolder) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(InProcessDriver, "run_round", signalled)
+            with pytest.raises(Stopped, match="stopped after round 1; saved"):
+                federate(config, run)
+
+    return begin

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gzip
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,17 +11,6 @@ import pytest
 from samara.federated.driver import Driver
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    folder = str(ROOT / "benchmarks")
-    sys.path.insert(0, folder)
-    loaded = [path.stem for path in (ROOT / "benchmarks").glob("*.py")]
-    yield importlib.import_module
-    sys.path.remove(folder)
-    for name in loaded:
-        sys.modules.pop(name, None)
 
 
 @pytest.fixture

@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
 
-from samara.errors import Stopped
-from samara.federated.driver import InProcessDriver
 from samara.federated.federate import federate
 from samara.federated.job import Job
 from samara.runs import RunFolder
 
 
 def test_flower_carries_the_messages_to_the_same_result_bit_for_bit(
-    bases, rows, tmp_path, monkeypatch, settings, folder_of, outcome
+    bases, rows, tmp_path, stop_after_a_round, settings, folder_of, outcome
 ):
     """It also goes on with what another engine began, the clients' own layers included."""
     pytest.importorskip("flwr")
     config = settings(bases["samara"], rows, clients__number=4, server__rounds=3)
     federate(config, folder_of(tmp_path / "one"))
-    run_round = InProcessDriver.run_round
-
-    def signalled(driver):
-        record = run_round(driver)
-        signal.raise_signal(signal.SIGTERM)
-        return record
-
-    with monkeypatch.context() as patch:
-        patch.setattr(InProcessDriver, "run_round", signalled)
-        with pytest.raises(Stopped):
-            federate(config, folder_of(tmp_path / "other"))
+    stop_after_a_round(config, folder_of(tmp_path / "other"))
     federate(config.model_copy(update={"engine": "flower"}), folder_of(tmp_path / "other"))
     one, other = outcome(tmp_path / "one"), outcome(tmp_path / "other")
     engines = [found["results"].pop("engine") for found in (one, other)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from opacus.accountants import RDPAccountant
 from safetensors.torch import load_file
 
 from samara.config import dump_yaml
-from samara.errors import CheckpointError, Stopped
+from samara.errors import CheckpointError
 from samara.federated.accounting import ORDERS
 from samara.federated.driver import InProcessDriver
 from samara.federated.federate import federate
@@ -132,7 +131,7 @@ def test_a_reply_says_nothing_beside_its_values(private, tmp_path, folder_of):
     "privacy", [{"client": CLIENT, "records": RECORDS}, {"secure_sum": SECURE}], ids=str
 )
 def test_a_run_that_was_stopped_goes_on_to_the_same_result_with_secret_noise(
-    private, tmp_path, folder_of, outcome, monkeypatch, privacy
+    private, tmp_path, folder_of, outcome, stop_after_a_round, privacy
 ):
     config = private({**privacy, "randomness": "secret"})
     one, other = tmp_path / "one", tmp_path / "other"
@@ -142,17 +141,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_result_with_secret_noise(
         shutil.copytree(one / "privacy", other / "privacy")  # the same keys
         for charges in (other / "privacy").glob("*.json"):
             charges.unlink()
-    run_round = InProcessDriver.run_round
-
-    def signalled(driver):
-        record = run_round(driver)
-        signal.raise_signal(signal.SIGTERM)
-        return record
-
-    with monkeypatch.context() as patch:
-        patch.setattr(InProcessDriver, "run_round", signalled)
-        with pytest.raises(Stopped):
-            federate(config, folder_of(other))
+    stop_after_a_round(config, folder_of(other))
     federate(config, folder_of(other))
     assert outcome(one) == outcome(other)
 

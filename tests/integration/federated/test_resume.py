@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import signal
 
 import pytest
 
-from samara.errors import CheckpointError, Stopped
+from samara.errors import CheckpointError
 from samara.federated.driver import InProcessDriver
 from samara.federated.federate import federate
 
@@ -73,20 +72,10 @@ def test_a_checkpoint_of_other_data_is_refused(bases, rows, tmp_path, settings, 
 
 
 def test_a_signal_stops_after_the_round_in_hand(
-    bases, rows, tmp_path, monkeypatch, settings, folder_of, outcome
+    bases, rows, tmp_path, stop_after_a_round, settings, folder_of, outcome
 ):
     config = settings(bases["samara"], rows)
     federate(config, folder_of(tmp_path / "whole"))
-    run_round = InProcessDriver.run_round
-
-    def signalled(driver):
-        record = run_round(driver)
-        signal.raise_signal(signal.SIGTERM)
-        return record
-
-    with monkeypatch.context() as patch:
-        patch.setattr(InProcessDriver, "run_round", signalled)
-        with pytest.raises(Stopped, match="stopped after round 1; saved"):
-            federate(config, folder_of(tmp_path / "cut"))
+    stop_after_a_round(config, folder_of(tmp_path / "cut"))
     federate(config, folder_of(tmp_path / "cut"))
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")

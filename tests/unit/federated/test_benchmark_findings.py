@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    folder = str(ROOT / "benchmarks")
-    sys.path.insert(0, folder)
-    loaded = [path.stem for path in (ROOT / "benchmarks").glob("*.py")]
-    yield importlib.import_module
-    sys.path.remove(folder)
-    for name in loaded:
-        sys.modules.pop(name, None)
 
 
 def run(arm, seed, accuracy, *, situation="alpha 1", lr=1e-3, per_round=10.0, worst=0.5, loss=0.3):
