@@ -24,6 +24,9 @@ class ClassArms:
         devices: Of each client.
         costs: Of a batch on the reference device.
         arm_layers: Most layers that a batch runs, of each arm.
+
+    Attributes:
+        peaks: Modelled peak bytes of each arm.
     """
 
     def __init__(
@@ -36,7 +39,7 @@ class ClassArms:
     ) -> None:
         self._config, self._devices, self._costs = config, devices, costs
         self._arm_layers = tuple(arm_layers)
-        self._peaks = [costs.peak_bytes(layers) for layers in arm_layers]
+        self.peaks = [costs.peak_bytes(layers) for layers in arm_layers]
 
     def candidates(self) -> list[Candidate]:
         """One candidate a class, standing in for all: the first client of it."""
@@ -53,7 +56,7 @@ class ClassArms:
         return Candidate(
             client=client,
             device_class=device.name,
-            peaks=self._peaks,
+            peaks=self.peaks,
             memory=device.memory_bytes,
             seconds=[device.slowness * seconds for seconds in batch],
             most_seconds=math.inf if pace is None else pace * fastest * max(batch),
@@ -87,7 +90,7 @@ class ClassArms:
                     client=own.client,
                     device_class=self._devices[own.client].name,
                     arm=own.arm,
-                    peaks=self._peaks,
+                    peaks=self.peaks,
                     verdict="ok",
                     gain=gain if math.isfinite(gain) else 0.0,
                     cost=max(cost.joules if per_joule else cost.seconds, 1e-12),

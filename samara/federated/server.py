@@ -73,14 +73,13 @@ class Server:
         self.config, self.layout = config, layout
         self.devices, self.costs = devices, costs
         self.arm_layers = list(arm_layers)
-        self.peaks = [costs.peak_bytes(layers) for layers in arm_layers]
         kinds: dict[str, type[Parts]] = {"hetlora": RankParts, "fedadapter": DepthParts}
         self.parts = kinds.get(config.method, Parts)(config, layout=layout, devices=devices)
         self.classes = ClassArms(config, devices=devices, costs=costs, arm_layers=arm_layers)
         self.configurator: Configurator | None = None
         if config.method == "droppeft":
             self.configurator = Configurator(config.configurator, seed=config.seed)
-            assert len(self.configurator.arms) == len(self.peaks)
+            assert len(self.configurator.arms) == len(self.classes.peaks)
         self.state = ServerState(
             tensors=dict(tensors),
             best_tensors=dict(tensors),
@@ -327,7 +326,7 @@ class Server:
                 client=client,
                 device_class=self.devices[client].name,
                 arm=arm,
-                peaks=self.peaks,
+                peaks=self.classes.peaks,
                 verdict=came.verdicts[client],
             )
             if came.verdicts[client] == "ok":

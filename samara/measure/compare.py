@@ -68,7 +68,7 @@ def ratio_interval(
     """
     table = _table(numerators, denominators)
     sums = _resampled_sums(table, samples=samples, seed=seed)
-    return _percentile(_ratio(table.sum(axis=0)), _ratio(sums), len(table), confidence)
+    return percentile_interval(_ratio(table.sum(axis=0)), _ratio(sums), len(table), confidence)
 
 
 def paired_difference(
@@ -92,7 +92,7 @@ def paired_difference(
     sums = _resampled_sums(table, samples=samples, seed=seed)
     value = _ratio(table.sum(axis=0)[:2]) - _ratio(table.sum(axis=0)[2:])
     differences = _ratio(sums[:, :2]) - _ratio(sums[:, 2:])
-    return _percentile(value, differences, len(table), confidence)
+    return percentile_interval(value, differences, len(table), confidence)
 
 
 def verdict(difference: Interval) -> Verdict:
@@ -128,11 +128,19 @@ def _ratio(sums: Floats) -> Floats:
         return np.asarray(sums[..., 0] / sums[..., 1])
 
 
-def _percentile(
-    value: npt.ArrayLike, resampled: Floats, documents: int, confidence: float
+def percentile_interval(
+    value: npt.ArrayLike, resampled: Floats, num_units: int, confidence: float
 ) -> Interval:
+    """The interval between two quantiles of a value's resamples.
+
+    Args:
+        value: A scalar.
+        resampled: (samples,).
+        num_units: What was resampled; fewer than two say nothing, and the interval is infinite.
+        confidence: Share of such intervals that hold the true value.
+    """
     point = float(np.asarray(value))
-    if documents < 2:
+    if num_units < 2:
         return Interval(value=point, low=-math.inf, high=math.inf, confidence=confidence)
     tail = (1 - confidence) / 2
     low, high = np.quantile(resampled, [tail, 1 - tail])

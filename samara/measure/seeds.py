@@ -8,7 +8,6 @@ runs show, and no more.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Literal
@@ -16,7 +15,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from samara.measure.compare import CHUNK, Interval
+from samara.measure.compare import CHUNK, Interval, percentile_interval
 from samara.measure.task_metrics import MACRO, METRICS, ClassCounts, Item, Resampling
 
 Floats = npt.NDArray[np.float64]
@@ -78,7 +77,7 @@ def _macro_over_seeds(name: str, runs: Sequence[Sequence[Item]], how: Resampling
         / len(runs)
         for size in _chunks(how.samples, num_rows)
     ]
-    return _interval(value, np.concatenate(drawn), num_rows, how)
+    return percentile_interval(value, np.concatenate(drawn), num_rows, how.confidence)
 
 
 def mean_over_seeds(table: Floats, how: Resampling) -> Interval:
@@ -106,18 +105,8 @@ def pooled_difference(
         assert one.shape[1] == other.shape[1], "the same rows"
         value += (one.mean() - other.mean()) / len(model)
         total += _resampled(one, other, generator, how.samples) / len(model)
-    return _interval(float(value), total, min(table.shape[1] for table in model), how)
-
-
-def _interval(value: float, resampled: Floats, num_rows: int, how: Resampling) -> Interval:
-    if num_rows < 2:
-        return Interval(value=value, low=-math.inf, high=math.inf, confidence=how.confidence)
-    tail = (1 - how.confidence) / 2
-    low, high = (float(end) for end in np.quantile(resampled, [tail, 1 - tail]))
-    # Rounding of sums taken in another order must not leave the value outside its interval.
-    return Interval(
-        value=value, low=min(low, value), high=max(high, value), confidence=how.confidence
-    )
+    num_rows = min(table.shape[1] for table in model)
+    return percentile_interval(value, total, num_rows, how.confidence)
 
 
 def _resampled(one: Floats, other: Floats, generator: np.random.Generator, samples: int) -> Floats:

@@ -18,7 +18,12 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from samara.measure.compare import Interval, paired_difference, ratio_interval
+from samara.measure.compare import (
+    Interval,
+    paired_difference,
+    percentile_interval,
+    ratio_interval,
+)
 
 Floats = npt.NDArray[np.float64]
 Kind = Literal["binary", "mean", "classes", "ratio", "exp_ratio"]
@@ -270,7 +275,8 @@ def _classes_interval(name: str, items: Sequence[Item], how: Resampling) -> Inte
     cells, counts = _cells([item.gold[0] for item in items], [item.prediction for item in items])
     (labels,) = _indicators(cells, [(0, 1)])
     value = float(MACRO[name](labels.count(counts)))
-    return _percentile(value, MACRO[name](labels.count(_redraw(counts, how))), len(items), how)
+    resampled = MACRO[name](labels.count(_redraw(counts, how)))
+    return percentile_interval(value, resampled, len(items), how.confidence)
 
 
 def _classes_difference(
@@ -286,16 +292,8 @@ def _classes_difference(
     def difference(cell_counts: npt.NDArray[np.int64]) -> Floats:
         return MACRO[name](one.count(cell_counts)) - MACRO[name](other.count(cell_counts))
 
-    return _percentile(float(difference(counts)), difference(_redraw(counts, how)), len(model), how)
-
-
-def _percentile(value: float, resampled: Floats, num_items: int, how: Resampling) -> Interval:
-    if num_items < 2:
-        return Interval(value=value, low=-math.inf, high=math.inf, confidence=how.confidence)
-    tail = (1 - how.confidence) / 2
-    low, high = (float(end) for end in np.quantile(resampled, [tail, 1 - tail]))
-    return Interval(
-        value=value, low=min(low, value), high=max(high, value), confidence=how.confidence
+    return percentile_interval(
+        difference(counts), difference(_redraw(counts, how)), len(model), how.confidence
     )
 
 
